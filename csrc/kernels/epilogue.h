@@ -1,0 +1,94 @@
+// epilogue.h: from sums in registers to y, one fixed order of float operations for every int8 and sparse kernel.
+//
+//   int8:   y = act(float(sum - zero * wsum) * (x_scale * w_scale) + bias)
+//   fp32:   y = act(sum + bias)
+//
+// Only correctly rounded operations (no fused multiply-add), so that int8 results are bit-equal on every Isa.
+#pragma once
+
+#include GOSSAMER_SIMD
+#include "kernels.h"
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+
+// Horner's rule, highest power first.
+template <int kCount>
+static inline F32 polynomial(F32 x, const float (&coefficients)[kCount]) {
+  F32 p = set(coefficients[0]);
+  for (int i = 1; i < kCount; ++i) p = add(mul(p, x), set(coefficients[i]));
+  return p;
+}
+
+// e^x for x in [-87, 88], clamped to that. r = x - n ln2 in two parts, then the Taylor polynomial of degree 7
+// on |r| <= ln2 / 2: relative error below 2e-7.
+static inline F32 exp(F32 x) {
+  x = min(set(88.0f), max(set(-87.0f), x));
+  const I32 n = round(mul(x, set(1.44269504f)));
+  const F32 nf = to_f32(n);
+  const F32 r = sub(sub(x, mul(nf, set(0.693359375f))), mul(nf, set(-2.12194440e-4f)));
+  constexpr float kTaylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  return mul(polynomial(r, kTaylor), exp2(n));
+}
+
+// Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7.
+static inline F32 erf(F32 x) {
+  const F32 t = div(set(1.0f), add(set(1.0f), mul(set(0.3275911f), abs(x))));
+  constexpr float kTail[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+  const F32 tail = mul(mul(polynomial(t, kTail), t), exp(sub(set(0.0f), mul(x, x))));
+  return copysign(sub(set(1.0f), tail), x);
+}
+
+static inline F32 activate(F32 y, gossamer_activation activation) {
+  switch (activation) {
+    case GOSSAMER_NONE:
+      return y;
+    case GOSSAMER_RELU:
+      return max(set(0.0f), y);  // NaN stays NaN: max returns its second operand
+    case GOSSAMER_GELU:
+      return mul(mul(set(0.5f), y), add(set(1.0f), erf(mul(y, set(0.707106781f)))));
+    case GOSSAMER_SILU:
+      return div(y, add(set(1.0f), exp(sub(set(0.0f), y))));
+  }
+  return y;
+}
+
+// y[row][output ..] = act(value + bias), for the first `count` of kLanes outputs.
+static inline void write(const Destination& to, int64_t row, int64_t output, int count, F32 value) {
+  if (to.bias) {
+    const float* bias = to.bias + output;
+    value = add(value, count == kLanes ? load(bias) : load_first(bias, count));
+  }
+  value = activate(value, to.activation);
+  const int64_t at = row * to.stride + output;
+  const auto put = [&](auto* y) { count == kLanes ? store(y, value) : store_first(y, value, count); };
+  switch (to.dtype) {
+    case GOSSAMER_FLOAT32:
+      return put(static_cast<float*>(to.y) + at);
+    case GOSSAMER_BFLOAT16:
+      return put(static_cast<BFloat16*>(to.y) + at);
+    case GOSSAMER_FLOAT16:
+      return put(static_cast<Float16*>(to.y) + at);
+  }
+}
+
+// The scales and weight sums of kLanes outputs, loaded once for all rows of a tile.
+struct Dequantize {
+  F32 scale;
+  I32 wsum;
+
+  Dequantize(const float* scales, const int32_t* wsums, int count)
+      : scale(count == kLanes ? load(scales) : load_first(scales, count)),
+        wsum(count == kLanes ? load(wsums) : load_first(wsums, count)) {}
+
+  F32 operator()(I32 sum, float x_scale, int32_t x_zero) const {
+    return mul(to_f32(sub(sum, mul(set(x_zero), wsum))), mul(set(x_scale), scale));
+  }
+};
+
+static inline int lanes_left(int64_t n, int64_t output) {
+  return n - output < kLanes ? static_cast<int>(n - output) : kLanes;
+}
+
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

@@ -1,0 +1,22 @@
+// table.cpp: the kernels of one Isa.
+
+#include GOSSAMER_SIMD
+#include "kernels.h"
+
+#define GOSSAMER_TEXT_(name) #name
+#define GOSSAMER_TEXT(name) GOSSAMER_TEXT_(name)
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+
+QuantizeRows quantize_rows;
+GemmInt8 gemm_int8;
+GemmW8 gemm_w8;
+Spmm spmm;
+SpmmInt8 spmm_int8;
+Im2col im2col;
+
+const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA), quantize_rows, gemm_int8, gemm_w8, spmm, spmm_int8, im2col};
+
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

@@ -1,0 +1,137 @@
+// module.cpp: gossamer._C: CPU information, the check of an index, and the C ABI on raw pointers, which lets
+// a microbenchmark call a product with neither torch's dispatcher nor an allocation in between.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "gossamer.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void require(int status) {
+  if (status != GOSSAMER_OK) throw std::invalid_argument(gossamer_error());
+}
+
+std::string isa() {
+  const char* name = gossamer_isa();
+  if (!name) throw std::invalid_argument(gossamer_error());
+  return name;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const char* const* name = gossamer_isas(); *name; ++name) names.push_back(*name);
+  return names;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> names;
+#if defined(__x86_64__)
+#define GOSSAMER_FEATURE(name) \
+  if (__builtin_cpu_supports(name)) names.push_back(name)
+  GOSSAMER_FEATURE("sse4.2");
+  GOSSAMER_FEATURE("avx");
+  GOSSAMER_FEATURE("avx2");
+  GOSSAMER_FEATURE("fma");
+  GOSSAMER_FEATURE("f16c");
+  GOSSAMER_FEATURE("avx512f");
+  GOSSAMER_FEATURE("avx512bw");
+  GOSSAMER_FEATURE("avx512vl");
+  GOSSAMER_FEATURE("avx512vnni");
+#undef GOSSAMER_FEATURE
+#endif
+  return names;
+}
+
+gossamer_index index_at(int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns, Address rows,
+                        Address cells) {
+  return {n,       k, entries, row_count, pointer<const uint8_t>(columns), pointer<const uint16_t>(rows),
+          pointer<const int32_t>(cells)};
+}
+
+// float32 rows, no bias, no activation, this thread.
+struct Call {
+  gossamer_input x;
+  gossamer_output y;
+  Call(Address x, int64_t rows, int64_t k, Address y, int64_t n)
+      : x{pointer<const void>(x), GOSSAMER_FLOAT32, rows, k, nullptr},
+        y{pointer<void>(y), n, 0, nullptr, GOSSAMER_NONE} {}
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C ABI of libgossamer on raw pointers.";
+  m.def("isa", &isa, "Name of the instruction set in use.");
+  m.def("isas", &isas, "Names of the instruction sets this CPU can run, best first.");
+  m.def("cpu_features", &cpu_features, "The features of this CPU that choose among instruction sets.");
+  m.def("version", &gossamer_version);
+  m.def("use_isa", [](const std::string& name) {
+    if (gossamer_use_isa(name.c_str()) != GOSSAMER_OK) {
+      throw std::invalid_argument("this CPU cannot run the instruction set '" + name + "'");
+    }
+  });
+
+  m.def("cell_count", &gossamer_cell_count, py::arg("n"), py::arg("k"), py::arg("unit"));
+  m.def("block_columns", &gossamer_block_columns, py::arg("unit"));
+  m.def("chunk_rows", &gossamer_chunk_rows, py::arg("n"));
+  m.def("check_index",
+        [](int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns, Address rows, Address cells,
+           int64_t cell_count, int64_t unit) {
+          const gossamer_index index = index_at(n, k, entries, row_count, columns, rows, cells);
+          require(gossamer_check_index(&index, cell_count, unit));
+        });
+
+  const auto free_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "gemm_int8",
+      [](Address x, int64_t rows, int64_t k, Address panels, Address scale, Address wsum, Address y, int64_t n) {
+        const Call call(x, rows, k, y, n);
+        const gossamer_int8 w{n, k, pointer<const int8_t>(panels), pointer<const float>(scale),
+                              pointer<const int32_t>(wsum)};
+        require(gossamer_gemm_int8(&call.x, &w, &call.y, nullptr));
+      },
+      free_gil);
+  m.def(
+      "gemm_w8",
+      [](Address x, int64_t rows, int64_t k, Address panels, Address scale, Address y, int64_t n) {
+        const Call call(x, rows, k, y, n);
+        const gossamer_int8 w{n, k, pointer<const int8_t>(panels), pointer<const float>(scale), nullptr};
+        require(gossamer_gemm_w8(&call.x, &w, &call.y, nullptr));
+      },
+      free_gil);
+  m.def(
+      "spmm",
+      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows, Address cells,
+         int64_t entries, int64_t row_count, Address y, int64_t n) {
+        const Call call(x, rows, k, y, n);
+        const gossamer_sparse w{index_at(n, k, entries, row_count, columns, index_rows, cells),
+                                pointer<const float>(values)};
+        require(gossamer_spmm(&call.x, &w, &call.y, nullptr));
+      },
+      free_gil);
+  m.def(
+      "spmm_int8",
+      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows, Address cells,
+         int64_t entries, int64_t row_count, Address scale, Address wsum, Address y, int64_t n) {
+        const Call call(x, rows, k, y, n);
+        const gossamer_sparse_int8 w{index_at(n, k, entries, row_count, columns, index_rows, cells),
+                                     pointer<const int8_t>(values), pointer<const float>(scale),
+                                     pointer<const int32_t>(wsum)};
+        require(gossamer_spmm_int8(&call.x, &w, &call.y, nullptr));
+      },
+      free_gil);
+}

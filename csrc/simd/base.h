@@ -1,0 +1,240 @@
+// simd/base.h: the contract that every simd/<isa>.h keeps, in plain C++.
+//
+// F32 and I32 are vectors of kLanes floats and int32. A kernel written against these functions gives the same
+// bits on every Isa, because each function is one correctly rounded operation a lane; the two exceptions say so.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "layout.h"
+
+namespace gossamer {
+namespace base {
+
+constexpr int kLanes = 8;
+// Tile of gemm_int8: rows x panels whose sums stay in registers.
+constexpr int kGemmRows = 4;
+constexpr int kGemmPanels = 1;
+
+struct F32 {
+  float v[kLanes];
+};
+struct I32 {
+  int32_t v[kLanes];
+};
+
+template <typename V, typename Op>
+static inline V each(Op op) {
+  V r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = op(i);
+  return r;
+}
+
+static inline float from_bits(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+static inline uint32_t to_bits(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+static inline float widen(float x) { return x; }
+static inline float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+static inline float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+  if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // Inf, NaN
+  // 2^112 moves the exponent's bias from 15 to 127, and normalizes denormals on the way.
+  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+}
+
+// Round to nearest, ties to even; NaN stays a quiet NaN.
+static inline void narrow(float x, float* y) { *y = x; }
+static inline void narrow(float x, BFloat16* y) {
+  const uint32_t b = to_bits(x);
+  y->bits = uint16_t((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (b + 0x7fff + (b >> 16 & 1)) >> 16);
+}
+static inline void narrow(float x, Float16* y) {
+  const uint32_t b = to_bits(x), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+  if (rest > 0x7f800000) {
+    y->bits = uint16_t(sign | 0x7e00);
+  } else if (rest >= 0x477ff000) {  // 65520 and more round to infinity
+    y->bits = uint16_t(sign | 0x7c00);
+  } else if (rest < 0x38800000) {  // denormal half: adding 0.5 aligns the last bit to 2^-24
+    y->bits = uint16_t(sign | (to_bits(from_bits(rest) + 0.5f) - 0x3f000000));
+  } else {
+    y->bits = uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+  }
+}
+
+// --- Memory: T is float, BFloat16 or Float16; `count` < kLanes reads or writes only the first lanes. --------
+template <typename T>
+static inline F32 load(const T* p) {
+  return each<F32>([&](int i) { return widen(p[i]); });
+}
+template <typename T>
+static inline F32 load_first(const T* p, int count) {
+  return each<F32>([&](int i) { return i < count ? widen(p[i]) : 0.0f; });
+}
+template <typename T>
+static inline void store(T* p, F32 a) {
+  for (int i = 0; i < kLanes; ++i) narrow(a.v[i], p + i);
+}
+template <typename T>
+static inline void store_first(T* p, F32 a, int count) {
+  for (int i = 0; i < count; ++i) narrow(a.v[i], p + i);
+}
+static inline I32 load(const int32_t* p) {
+  return each<I32>([&](int i) { return p[i]; });
+}
+static inline I32 load_first(const int32_t* p, int count) {
+  return each<I32>([&](int i) { return i < count ? p[i] : 0; });
+}
+static inline void store(int32_t* p, I32 a) { memcpy(p, a.v, sizeof a); }
+// Lanes 0..255 as bytes.
+static inline void store_bytes(uint8_t* p, I32 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(a.v[i]);
+}
+// kLanes words of four bytes; one word in all lanes.
+static inline I32 load_words(const void* p) {
+  I32 r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+static inline I32 set_word(const void* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+  return each<I32>([&](int) { return word; });
+}
+// Hint: the line at p is read soon.
+static inline void prefetch(const void*) {}
+
+// --- Arithmetic -------------------------------------------------------------------------------------------
+static inline F32 set(float x) {
+  return each<F32>([&](int) { return x; });
+}
+static inline I32 set(int32_t x) {
+  return each<I32>([&](int) { return x; });
+}
+static inline F32 add(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] + b.v[i]; });
+}
+static inline F32 sub(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] - b.v[i]; });
+}
+static inline F32 mul(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] * b.v[i]; });
+}
+static inline F32 div(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] / b.v[i]; });
+}
+// a * b + c, rounded once or twice, as the Isa does best: the first exception. For fp32 sums only.
+static inline F32 muladd(F32 a, F32 b, F32 c) {
+  return each<F32>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+// The second operand where either is NaN.
+static inline F32 max(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+static inline F32 min(F32 a, F32 b) {
+  return each<F32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+static inline F32 abs(F32 a) {
+  return each<F32>([&](int i) { return fabsf(a.v[i]); });
+}
+// The magnitude of a with the sign of b.
+static inline F32 copysign(F32 a, F32 b) {
+  return each<F32>([&](int i) { return copysignf(a.v[i], b.v[i]); });
+}
+static inline I32 add(I32 a, I32 b) {
+  return each<I32>([&](int i) { return int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])); });
+}
+static inline I32 sub(I32 a, I32 b) {
+  return each<I32>([&](int i) { return int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i])); });
+}
+static inline I32 mul(I32 a, I32 b) {
+  return each<I32>([&](int i) { return int32_t(uint32_t(a.v[i]) * uint32_t(b.v[i])); });
+}
+static inline I32 max(I32 a, I32 b) {
+  return each<I32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+static inline I32 min(I32 a, I32 b) {
+  return each<I32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+static inline F32 to_f32(I32 a) {
+  return each<F32>([&](int i) { return float(a.v[i]); });
+}
+// To the nearest integer, ties to even; what is NaN or outside int32 becomes INT32_MIN.
+static inline I32 round(F32 a) {
+  return each<I32>([&](int i) {
+    return fabsf(a.v[i]) < 0x1p31f ? int32_t(nearbyintf(a.v[i])) : INT32_MIN;
+  });
+}
+// 2^n for -126 <= n <= 127.
+static inline F32 exp2(I32 n) {
+  return each<F32>([&](int i) { return from_bits(uint32_t(n.v[i] + 127) << 23); });
+}
+// Byte kByte of each word, as a signed number.
+template <int kByte>
+static inline I32 signed_byte(I32 a) {
+  return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
+}
+
+// --- Across lanes -----------------------------------------------------------------------------------------
+static inline float reduce_max(F32 a) {
+  float r = a.v[0];
+  for (int i = 1; i < kLanes; ++i) r = a.v[i] > r ? a.v[i] : r;
+  return r;
+}
+static inline float reduce_min(F32 a) {
+  float r = a.v[0];
+  for (int i = 1; i < kLanes; ++i) r = a.v[i] < r ? a.v[i] : r;
+  return r;
+}
+// NaN when a lane is NaN; the order of the sum is the Isa's own: the second exception.
+static inline float reduce_add(F32 a) {
+  float r = 0;
+  for (int i = 0; i < kLanes; ++i) r += a.v[i];
+  return r;
+}
+// In place: row i, lane j <-> row j, lane i.
+static inline void transpose(I32 (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const int32_t t = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = t;
+    }
+  }
+}
+static inline F32 as_f32(I32 a) {
+  F32 r;
+  memcpy(&r, &a, sizeof r);
+  return r;
+}
+static inline I32 as_i32(F32 a) {
+  I32 r;
+  memcpy(&r, &a, sizeof r);
+  return r;
+}
+
+// --- The int8 dot -----------------------------------------------------------------------------------------
+// sum + x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that the products of bytes
+// (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas without a 4-way dot add them there.
+static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+  return each<I32>([&](int i) {
+    int32_t s = sum.v[i];
+    for (int byte = 0; byte < 4; ++byte) {
+      s += int32_t(uint8_t(uint32_t(x0.v[i]) >> 8 * byte)) * int8_t(uint32_t(w0.v[i]) >> 8 * byte);
+      s += int32_t(uint8_t(uint32_t(x1.v[i]) >> 8 * byte)) * int8_t(uint32_t(w1.v[i]) >> 8 * byte);
+    }
+    return s;
+  });
+}
+
+}  // namespace base
+}  // namespace gossamer

@@ -1,0 +1,95 @@
+"""What a user asks for: frozen descriptions of how a weight is stored and multiplied."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Format:
+    """Base of all formats. A format says what to do; `gossamer.packed.pack` does it."""
+
+    @property
+    def name(self) -> str:
+        """The class name, as files and reports show it."""
+        return type(self).__name__
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict that `format_from_json` turns back into an equal format."""
+        return {"format": self.name, **dataclasses.asdict(self)}
+
+
+def _check_activations(value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"activations={value!r} is unknown: use one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """y = x @ w^T with int8 weights, a scale per output channel.
+
+    Args:
+        activations: "dynamic" quantizes x to 8 bits a row (a convolution: an image) as it comes, and
+            multiplies integers; "none" keeps x in floats ("weight-only"), which is closer to fp32 and
+            pays off where the weight, not the arithmetic, is what is waited for: a few rows.
+
+    Raises:
+        ValueError: for any other `activations`.
+
+    >>> Int8().to_json()
+    {'format': 'Int8', 'activations': 'dynamic'}
+    """
+
+    activations: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        _check_activations(self.activations, ("dynamic", "none"))
+
+
+@dataclass(frozen=True)
+class Sparse(Format):
+    """y = x @ w^T with fp32 weights of which only the non-zeros are stored, anywhere in the matrix.
+
+    Pays off from about 70 % zeros on; prune with `pattern="unstructured"`.
+    """
+
+
+@dataclass(frozen=True)
+class SparseInt8(Format):
+    """y = x @ w^T with int8 weights stored in blocks of 1 output x 4 inputs, empty blocks left out.
+
+    Prune with `pattern="1x4"`. x is quantized to 8 bits a row (a convolution: an image).
+
+    Raises:
+        ValueError: for `activations` other than "dynamic".
+    """
+
+    activations: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        _check_activations(self.activations, ("dynamic",))
+
+
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Int8, Sparse, SparseInt8)}
+
+
+def format_from_json(data: dict[str, Any]) -> Format:
+    """The format that `Format.to_json` described.
+
+    Raises:
+        ValueError: if the name or a field is unknown, or a value is not allowed.
+
+    >>> format_from_json({"format": "Int8", "activations": "none"})
+    Int8(activations='none')
+    """
+    if not isinstance(data, dict) or data.get("format") not in FORMATS:
+        name = data.get("format") if isinstance(data, dict) else data
+        raise ValueError(f"unknown format {name!r}: this version knows {', '.join(FORMATS)}")
+    fields = {key: value for key, value in data.items() if key != "format"}
+    cls = FORMATS[data["format"]]
+    unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(map(str, unknown)))}")
+    return cls(**fields)

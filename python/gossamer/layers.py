@@ -1,0 +1,299 @@
+"""Layers with packed weights: geometry, bias, activation and one `Packed`; they know no format by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gossamer
+from gossamer import ops
+from gossamer.formats import Format
+from gossamer.packed import Packed, pack
+
+
+def _bias_buffer(bias: Tensor | None, n: int) -> Tensor | None:
+    if bias is None:
+        return None
+    if bias.shape != (n,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight has n={n} outputs")
+    if not torch.isfinite(bias).all():
+        raise ValueError("the bias holds a NaN or an Inf")
+    return bias.detach().float().clone()
+
+
+class _Layer(nn.Module):
+    """What both layers share: a packed weight, a bias and an activation."""
+
+    packed: Packed
+    bias: Tensor | None
+
+    def __init__(self, packed: Packed, bias: Tensor | None, activation: str) -> None:
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("bias", _bias_buffer(bias, packed.n))
+        self.activation = activation
+        self._activation = ops.activation_index(activation)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # .half(), .bfloat16() and .double() convert a model's floats. Packed buffers keep their dtypes: kernels
+        # take inputs of any float dtype as they are.
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor
+
+        return super()._apply(keep, recurse)
+
+
+class Linear(_Layer):
+    """y = activation(x @ w^T + bias), a drop-in for `nn.Linear` at inference.
+
+    Args:
+        packed: the weight, n outputs x k inputs.
+        bias: (n) float, or None.
+        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+
+    Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype.
+
+    Raises:
+        ValueError: if the bias does not fit or the activation is unknown.
+
+    >>> layer = Linear.from_dense(nn.Linear(8, 4), gossamer.Int8())
+    >>> layer(torch.randn(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, packed: Packed, bias: Tensor | None = None, activation: str = "none") -> None:
+        super().__init__(packed, bias, activation)
+        self.in_features, self.out_features = packed.k, packed.n
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.Linear, format: Format, packed: Packed | None = None, activation: str = "none"
+    ) -> Linear:
+        """Packs a dense layer; `packed` reuses a weight that was packed before (a shared one)."""
+        return cls(packed or pack(module.weight, format), module.bias, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 0 or x.size(-1) != self.in_features:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: its last dimension must be in_features={self.in_features}"
+            )
+        modules, buffers = self._modules, self._buffers
+        return modules["packed"].multiply(x, buffers["bias"], self._activation, None)  # type: ignore[union-attr,operator]
+
+    def unpack(self) -> Tensor:
+        """The weight that is really used, (out_features, in_features) float32."""
+        return self.packed.unpack()
+
+    def to_dense(self) -> nn.Linear:
+        """A dense layer with the weight that is really used. The activation is not part of it."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        _fill(dense, self)
+        return dense
+
+    def geometry(self) -> dict[str, Any]:
+        """What a file needs to rebuild the layer around its buffers."""
+        return {
+            "kind": "Linear",
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
+        )
+
+
+def _fill(dense: nn.Linear | nn.Conv2d, layer: Linear | Conv2d) -> None:
+    with torch.no_grad():
+        dense.weight.copy_(layer.unpack())
+        if dense.bias is not None:
+            dense.bias.copy_(layer.bias)
+    dense.train(layer.training)
+
+
+class Conv2d(_Layer):
+    """y = activation(conv2d(x, w) + bias), a drop-in for `nn.Conv2d` with groups=1 at inference.
+
+    The weight is packed as a matrix (out_channels, kernel_h * kernel_w * channels up to 4), channels innermost,
+    so that a block of four inputs is four channels at one tap.
+
+    Args:
+        packed: that matrix.
+        bias: (out_channels) float, or None.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in `nn.Conv2d`.
+        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+
+    Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last, float32, bfloat16
+    or float16; the result has the same dtype and memory format.
+
+    Raises:
+        ValueError: if sizes do not fit each other, or the padded input is smaller than the kernel.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: tuple[int, int],
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        padding_mode: str = "zeros",
+        activation: str = "none",
+    ) -> None:
+        super().__init__(packed, bias, activation)
+        columns = kernel_size[0] * kernel_size[1] * -(-in_channels // 4) * 4
+        if (packed.n, packed.k) != (out_channels, columns):
+            raise ValueError(
+                f"the packed weight is {packed.n} x {packed.k}, this convolution needs {out_channels} x {columns}"
+            )
+        if padding_mode not in _PAD_MODES:
+            raise ValueError(f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+        self.padding, self.padding_mode = padding, padding_mode
+        sides = _padding_sides(padding, kernel_size, dilation)
+        inside = sides if padding_mode == "zeros" else (0, 0, 0, 0)
+        # F.pad takes the last dimension first.
+        self._outside = None if padding_mode == "zeros" else (*sides[2:], *sides[:2])
+        self._conv = [*kernel_size, *stride, *dilation, *inside]
+
+    @classmethod
+    def from_dense(
+        cls, module: nn.Conv2d, format: Format, packed: Packed | None = None, activation: str = "none"
+    ) -> Conv2d:
+        """Packs a dense convolution; `packed` reuses a weight that was packed before (a shared one).
+
+        Raises:
+            ValueError: if `unsupported(module)` has a reason.
+        """
+        reason = unsupported(module)
+        if reason:
+            raise ValueError(reason)
+        packed = packed or pack(conv_matrix(module.weight), format)
+        padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
+        return cls(
+            packed,
+            module.bias,
+            module.in_channels,
+            module.out_channels,
+            _pair(module.kernel_size),
+            _pair(module.stride),
+            padding,
+            _pair(module.dilation),
+            module.padding_mode,
+            activation,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() not in (3, 4) or x.size(-3) != self.in_channels:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: it must be (images, channels, height, width) or "
+                f"(channels, height, width) with channels={self.in_channels}"
+            )
+        batched = x if x.dim() == 4 else x.unsqueeze(0)
+        planar = int(batched.is_contiguous())
+        if self._outside is not None:
+            batched = nn.functional.pad(batched, self._outside, mode=_PAD_MODES[self.padding_mode])
+        self._check_size(batched)
+        y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
+        return y if x.dim() == 4 else y.squeeze(0)
+
+    def _check_size(self, x: Tensor) -> None:
+        kh, kw, _, _, dh, dw, top, bottom, left, right = self._conv
+        height, width = x.size(2) + top + bottom, x.size(3) + left + right
+        if height < dh * (kh - 1) + 1 or width < dw * (kw - 1) + 1:
+            raise ValueError(
+                f"the padded input is {height} x {width}, smaller than the kernel "
+                f"{kh} x {kw} (dilation {dh}, {dw})"
+            )
+
+    def unpack(self) -> Tensor:
+        """The weight that is really used, (out_channels, in_channels, kernel_h, kernel_w) float32."""
+        taps = self.packed.unpack().reshape(self.out_channels, *self.kernel_size, -1)
+        return taps[..., : self.in_channels].permute(0, 3, 1, 2).contiguous()
+
+    def to_dense(self) -> nn.Conv2d:
+        """A dense convolution with the weight that is really used. The activation is not part of it."""
+        dense = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            padding_mode=self.padding_mode,
+        )
+        _fill(dense, self)
+        return dense
+
+    def geometry(self) -> dict[str, Any]:
+        """What a file needs to rebuild the layer around its buffers."""
+        return {
+            "kind": "Conv2d",
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "kernel_size": list(self.kernel_size),
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "padding_mode": self.padding_mode,
+            "bias": self.bias is not None,
+            "activation": self.activation,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.geometry().items() if name != "kind")
+
+
+_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _padding_sides(
+    padding: tuple[int, int] | str, kernel: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """top, bottom, left, right."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        # As torch: the odd one goes to the end.
+        (top, bottom), (left, right) = (
+            ((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2)
+            for k, d in zip(kernel, dilation, strict=True)
+        )
+        return (top, bottom, left, right)
+    if isinstance(padding, str):
+        raise ValueError(f"padding={padding!r} is unknown: use numbers, 'same' or 'valid'")
+    return (padding[0], padding[0], padding[1], padding[1])
+
+
+def conv_matrix(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, zeros in the channels added."""
+    taps = weight.detach().permute(0, 2, 3, 1)
+    return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
+
+
+LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why a dense module cannot be packed, or None if it can."""
+    if type(module) not in LAYERS:
+        return f"{type(module).__name__} is not exactly nn.Linear or nn.Conv2d"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return f"groups={module.groups}: grouped convolutions stay with torch"
+    return None

@@ -1,0 +1,239 @@
+"""The operators, as functions that choose by device; the one file that names `torch.ops.gossamer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import gossamer
+
+ACTIVATIONS = ("none", "relu", "gelu", "silu")
+
+
+def _load() -> None:
+    # An editable install spreads the package over two folders; __path__ knows both.
+    for folder in gossamer.__path__:
+        library = Path(folder) / "lib" / "libgossamer_torch.so"
+        if library.exists():
+            torch.ops.load_library(str(library))
+            return
+    raise ImportError(
+        "gossamer's compiled library lib/libgossamer_torch.so is missing: install the package with "
+        "`pip install .` (a C++ compiler is needed) instead of importing the source folder"
+    )
+
+
+if not hasattr(torch.ops.gossamer, "gemm_int8"):  # loading it twice is an error
+    _load()
+
+_quantize_rows = torch.ops.gossamer.quantize_rows.default
+_gemm_int8 = torch.ops.gossamer.gemm_int8.default
+_gemm_w8 = torch.ops.gossamer.gemm_w8.default
+_spmm = torch.ops.gossamer.spmm.default
+_spmm_int8 = torch.ops.gossamer.spmm_int8.default
+_im2col = torch.ops.gossamer.im2col.default
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def activation_index(name: str) -> int:
+    """Position of an activation in ACTIVATIONS, as the kernels count them.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown: use one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS.index(name)
+
+
+def _refuse(x: Tensor) -> None:
+    """Raises the sentence that fits an x which no kernel takes."""
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x has dtype {x.dtype}: use float32, bfloat16 or float16")
+    raise RuntimeError(
+        f"x is on {x.device}, but this layer was packed for the CPU: move x with x.cpu(), or keep the "
+        "dense model on that device"
+    )
+
+
+class _Inference(torch.autograd.Function):
+    """Marks a result whose gradient no kernel can give, so that asking for it is a sentence."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> None:  # type: ignore[override]
+        raise RuntimeError(
+            "a gradient was asked through a packed layer, which is for inference only: train the dense "
+            "model and pack it afterwards, or run the model under torch.no_grad()"
+        )
+
+
+def _prepare(x: Tensor, conv: list[int] | None) -> Tensor:
+    """x in memory that a kernel can walk; almost always x itself."""
+    if x.dtype not in _FLOATS or not x.is_cpu:
+        _refuse(x)
+    if conv is not None:
+        return x.contiguous(memory_format=torch.channels_last)
+    if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
+        return x
+    return x.contiguous()
+
+
+def _finish(x: Tensor, y: Tensor) -> Tensor:
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Inference.apply(x, y.detach())
+    return y
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q = clamp(round(x / scale) + zero, 0, 255) for each row of x.
+
+    Args:
+        x: (..., k) float32, bfloat16 or float16.
+
+    Returns:
+        q (..., k) uint8; scale (...) float32, NaN for a row that holds NaN or Inf; zero (...) int32.
+    """
+    return _quantize_rows(_prepare(x, None).detach())
+
+
+def gemm_int8(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    bias: Tensor | None,
+    k: int,
+    activation: int = 0,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """y = act(x @ w^T + bias), w dense int8 in panels, x quantized to u8 a row on the way.
+
+    Args:
+        x: (..., k), or with `conv` (images, channels, height, width); float32, bfloat16, float16.
+        panels, scale, wsum: see docs/formats.md, Int8.
+        bias: (n) float32.
+        activation: position in ACTIVATIONS.
+        conv: kernel, stride, dilation (height, width each), padding (top, bottom, left, right), and
+            1 if the result is to be contiguous, 0 for channels_last.
+    """
+    return _finish(x, _gemm_int8(_prepare(x, conv), panels, scale, wsum, bias, k, activation, conv))
+
+
+def gemm_w8(
+    x: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    k: int,
+    activation: int = 0,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """y = act(x @ w^T + bias), w dense int8 in panels, x as it is. Arguments as in `gemm_int8`."""
+    return _finish(x, _gemm_w8(_prepare(x, conv), panels, scale, bias, k, activation, conv))
+
+
+def spmm(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    cells: Tensor,
+    n: int,
+    bias: Tensor | None,
+    k: int,
+    activation: int = 0,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse."""
+    x_ = _prepare(x, conv)
+    return _finish(x, _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv))
+
+
+def spmm_int8(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    cells: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    bias: Tensor | None,
+    k: int,
+    activation: int = 0,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
+    x_ = _prepare(x, conv)
+    return _finish(
+        x, _spmm_int8(x_, values, columns, rows, cells, scale, wsum, bias, k, activation, conv)
+    )
+
+
+def im2col(x: Tensor, conv: list[int]) -> Tensor:
+    """The rows that a convolution multiplies: (images * out_h * out_w, taps * channels up to 4).
+
+    Args:
+        x: (images, channels, height, width) float32, bfloat16 or float16.
+        conv: as in `gemm_int8`.
+    """
+    return _im2col(_prepare(x, conv).detach(), conv)
+
+
+# --- Shapes without data, for torch.compile and torch.export -------------------------------------
+
+
+def _conv_shape(x: Tensor, conv: list[int]) -> tuple[int, int]:
+    kh, kw, sh, sw, dh, dw, top, bottom, left, right, _ = conv
+    return (
+        (x.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1,
+        (x.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1,
+    )
+
+
+def _product_like(x: Tensor, n: int, conv: list[int] | None) -> Tensor:
+    if conv is None:
+        return x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((x.shape[0], n, *_conv_shape(x, conv)))
+    return y if conv[10] else y.to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("gossamer::quantize_rows")
+def _(x):
+    return (
+        x.new_empty(x.shape, dtype=torch.uint8),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        x.new_empty(x.shape[:-1], dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("gossamer::gemm_int8")
+def _(x, panels, scale, wsum, bias, k, activation, conv):
+    return _product_like(x, scale.shape[0], conv)
+
+
+@torch.library.register_fake("gossamer::gemm_w8")
+def _(x, panels, scale, bias, k, activation, conv):
+    return _product_like(x, scale.shape[0], conv)
+
+
+@torch.library.register_fake("gossamer::spmm")
+def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
+    return _product_like(x, n, conv)
+
+
+@torch.library.register_fake("gossamer::spmm_int8")
+def _(x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv):
+    return _product_like(x, scale.shape[0], conv)
+
+
+@torch.library.register_fake("gossamer::im2col")
+def _(x, conv):
+    height, width = _conv_shape(x, conv)
+    return x.new_empty((x.shape[0] * height * width, conv[0] * conv[1] * -(-x.shape[1] // 4) * 4))
