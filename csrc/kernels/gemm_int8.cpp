@@ -5,10 +5,10 @@
 //   y       rows x n             see epilogue.h
 //
 // Tile: kGemmRows rows x kGemmPanels panels, all of k in one go, so sums leave their registers once.
-// Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16 bits ("depth 4"):
-// a 256-bit Isa needs 4 MR of vpmaddubsw, 2 MR of vpmaddwd and 4 MR of adds for MR x 16 x 8 MACs. At two
-// multiplies a cycle that is 42.7 MACs a cycle, whatever MR; MR only has to make loads (2 a cycle) scarcer than
-// multiplies: 4 weights + 4 MR broadcasts < 2 * 3 MR needs MR > 2.
+// Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16 bits ("depth 4"): a 256-bit Isa
+// needs 4 MR of vpmaddubsw, 2 MR of vpmaddwd and 4 MR of adds for MR x 16 x 8 MACs. At two multiplies a cycle that
+// is 42.7 MACs a cycle, whatever MR; MR only has to make loads (2 a cycle) scarcer than multiplies:
+// 4 weights + 2 MR broadcasts < 2 * 3 MR. Registers: MR x NP x 16/kLanes sums, the weights of a turn, two broadcasts.
 // Tails: rows by a smaller MR, outputs by the masked store of epilogue.h (panels are padded with zeros).
 // Numerics: exact in int32 for k <= 65536.
 
@@ -19,54 +19,65 @@ namespace GOSSAMER_ISA {
 namespace {
 
 constexpr int kVecs = kPanel / kLanes;
+constexpr int kAhead = 1024;
 
 template <int MR, int NP>
 void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel, const Destination& to) {
-  const int64_t k = round_up(w.k, kStep), panel_bytes = k * kPanel;
-  const uint8_t* q = x.q + row * x.stride;
-  const int8_t* b = w.panels + panel * panel_bytes;
-  I32 sum[NP * kVecs][MR];
-  for (auto& column : sum)
-    for (I32& s : column) s = set(int32_t{0});
+  constexpr int kColumns = NP * kVecs;
+  const int64_t k = round_up(w.k, kStep), panel_bytes = k * kPanel, stride = x.stride;
+  const int8_t* weights = w.panels + panel * panel_bytes;
+  // One pointer for three rows: base, base + stride and base + 2 stride are all addressing modes. A pointer a row
+  // would spill.
+  const uint8_t* rows[(MR + 2) / 3];
+  for (int i = 0; i < (MR + 2) / 3; ++i) rows[i] = x.q + (row + 3 * i) * stride;
+  I32 sum[MR][kColumns];
+  for (auto& line : sum)
+    for (I32& s : line) s = set(int32_t{0});
 
-  for (int64_t i = 0; i < k; i += kStep, q += kStep, b += kStep * kPanel) {
-    for (int v = 0; v < NP * kVecs; ++v) {
-      const int8_t* weights = b + v / kVecs * panel_bytes + v % kVecs * kLanes * 4;
-      // Two lines of the next steps: a stream of 64 bytes a step outruns the hardware prefetcher in one row.
-      if (MR == 1 && v % kVecs == 0) prefetch(weights + 1024), prefetch(weights + 1088);
-      const I32 w0 = load_words(weights), w1 = load_words(weights + 4 * kPanel);
-      for (int r = 0; r < MR; ++r) {
-        const uint8_t* a = q + r * x.stride;
-        sum[v][r] = dot(sum[v][r], set_word(a), w0, set_word(a + 4), w1);
-      }
+  for (int64_t i = 0; i < k; i += kStep, weights += kStep * kPanel) {
+    I32 w0[kColumns], w1[kColumns];
+    for (int v = 0; v < kColumns; ++v) {
+      const int8_t* from = weights + v / kVecs * panel_bytes + v % kVecs * kLanes * 4;
+      // The first rows read a panel from L3 or memory, faster than the hardware prefetcher follows.
+      if (v % kVecs == 0 && row == 0) prefetch(from + kAhead), prefetch(from + kAhead + 64);
+      w0[v] = load_words(from);
+      w1[v] = load_words(from + 4 * kPanel);
     }
+    for (int r = 0; r < MR; ++r) {
+      const uint8_t* q = rows[r / 3] + r % 3 * stride;
+      const I32 x0 = set_word(q), x1 = set_word(q + 4);
+      for (int v = 0; v < kColumns; ++v) sum[r][v] = dot(sum[r][v], x0, w0[v], x1, w1[v]);
+    }
+    for (const uint8_t*& q : rows) q += kStep;
   }
 
-  for (int v = 0; v < NP * kVecs; ++v) {
+  for (int v = 0; v < kColumns; ++v) {
     const int64_t output = panel * kPanel + v * kLanes;
     const int count = lanes_left(w.n, output);
     if (count <= 0) break;
     const Dequantize dequantize(w.scale + output, w.wsum + output, count);
     for (int r = 0; r < MR; ++r) {
-      write(to, row + r, output, count, dequantize(sum[v][r], x.scale[row + r], x.zero[row + r]));
+      write(to, row + r, output, count, dequantize(sum[r][v], x.scale[row + r], x.zero[row + r]));
     }
   }
 }
 
-// All rows against NP panels: the widest tile first, then one narrower tile for the rest.
+// The last `count` rows, fewer than MR.
+template <int MR, int NP>
+void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel,
+               const Destination& to) {
+  if constexpr (MR > 1) {
+    count == MR - 1 ? tile<MR - 1, NP>(x, row, w, panel, to)
+                    : last_rows<MR - 1, NP>(count, x, row, w, panel, to);
+  }
+}
+
+// All rows against NP panels.
 template <int NP>
 void columns(const QuantizedTile& x, const gossamer_int8& w, int64_t panel, const Destination& to) {
   int64_t row = 0;
   for (; row + kGemmRows <= x.rows; row += kGemmRows) tile<kGemmRows, NP>(x, row, w, panel, to);
-  for (; row + 4 <= x.rows; row += 4) tile<4, NP>(x, row, w, panel, to);
-  switch (x.rows - row) {
-    case 3:
-      return tile<3, NP>(x, row, w, panel, to);
-    case 2:
-      return tile<2, NP>(x, row, w, panel, to);
-    case 1:
-      return tile<1, NP>(x, row, w, panel, to);
-  }
+  last_rows<kGemmRows, NP>(x.rows - row, x, row, w, panel, to);
 }
 
 }  // namespace

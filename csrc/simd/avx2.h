@@ -11,8 +11,8 @@ namespace gossamer {
 namespace avx2 {
 
 constexpr int kLanes = 8;
-// 4 rows x 2 vectors of sums, 2 of weights, 2 of products, 1 of ones: 13 of 16 registers.
-constexpr int kGemmRows = 4;
+// 3 rows x 2 vectors of sums, 4 of weights, 2 broadcasts, 2 products, ones: 15 of 16 registers.
+constexpr int kGemmRows = 3;
 constexpr int kGemmPanels = 1;
 
 struct F32 {
