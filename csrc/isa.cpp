@@ -15,7 +15,8 @@ struct Isa {
 
 #if defined(__x86_64__)
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -70,7 +71,8 @@ struct Choice {
     const char* wanted = std::getenv("GOSSAMER_ISA");
     kernels = find(wanted && *wanted ? wanted : supported().names[0]);
     if (!kernels) {
-      std::snprintf(error, sizeof error, "GOSSAMER_ISA=%.64s names no instruction set that this CPU has: use one of %s",
+      std::snprintf(error, sizeof error,
+                    "GOSSAMER_ISA=%.64s names no instruction set that this CPU has: use one of %s",
                     wanted, supported().text);
     }
   }

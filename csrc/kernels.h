@@ -1,7 +1,7 @@
 // kernels.h: one function pointer a stem; one table an Isa.
 //
-// A kernel is a pure function on raw pointers: one thread, one range of the output, no allocation, no
-// exceptions. Whoever calls it has checked the shapes and owns the scratch.
+// A kernel is a pure function on raw pointers: one thread, one range of the output, no allocation,
+// no exceptions. Whoever calls it has checked the shapes and owns the scratch.
 #pragma once
 
 #include "layout.h"
@@ -17,7 +17,8 @@ struct Destination {
   gossamer_activation activation;
 };
 
-// A tile of activations as quantize_rows leaves them. stride is a multiple of kStep; bytes behind k are 0.
+// A tile of activations as quantize_rows leaves them. stride is a multiple of kStep; bytes behind k
+// are 0.
 struct QuantizedTile {
   const uint8_t* q;
   int64_t stride;
@@ -38,14 +39,19 @@ struct Range {
 };
 
 // One type a stem. Scratch is what the functions below say, 64-byte aligned.
-using QuantizeRows = void(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int32_t* zero);
-using GemmInt8 = void(const QuantizedTile& x, const gossamer_int8& w, Range panels, const Destination& to);
-using GemmW8 = void(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to, void* scratch);
-using Spmm = void(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to, void* scratch);
-using SpmmInt8 = void(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks, const Destination& to,
-                      void* scratch);
+using QuantizeRows = void(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale,
+                          int32_t* zero);
+using GemmInt8 = void(const QuantizedTile& x, const gossamer_int8& w, Range panels,
+                      const Destination& to);
+using GemmW8 = void(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to,
+                    void* scratch);
+using Spmm = void(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
+                  void* scratch);
+using SpmmInt8 = void(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
+                      const Destination& to, void* scratch);
 // Rows (output pixels) of one image; `size` bytes an element; `pad` fills what lies outside.
-using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, uint8_t pad, Range rows, void* out);
+using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, uint8_t pad,
+                    Range rows, void* out);
 
 struct Kernels {
   const char* isa;
@@ -57,12 +63,17 @@ struct Kernels {
   Im2col* im2col;
 };
 
-// Most rows in a tile: of gemm_w8 and spmm, and of spmm_int8 (whose panel has words for floats, see layout.h).
+// Most rows in a tile: of gemm_w8 and spmm, and of spmm_int8 (whose panel has words for floats, see
+// layout.h).
 constexpr int64_t kMaxLanes = 64;
 constexpr int64_t kSparseInt8Lanes = 32;
 
-static inline int64_t gemm_w8_scratch(int64_t k) { return round_up(k, kStep) * (kPanel + kMaxLanes) * 4; }
-static inline int64_t spmm_scratch(int64_t n, int64_t k) { return (k + chunk_rows(n)) * kMaxLanes * 4; }
+static inline int64_t gemm_w8_scratch(int64_t k) {
+  return round_up(k, kStep) * (kPanel + kMaxLanes) * 4;
+}
+static inline int64_t spmm_scratch(int64_t n, int64_t k) {
+  return (k + chunk_rows(n)) * kMaxLanes * 4;
+}
 static inline int64_t spmm_int8_scratch(int64_t n, int64_t k) {
   return (ceil_div(k, 4) + chunk_rows(n)) * kSparseInt8Lanes * 4;
 }

@@ -16,21 +16,23 @@ struct Float16 {
 };
 static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "views over torch's memory");
 
-// Dense int8 panels hold 16 outputs: one 64-byte line a step of 4 inputs. Inputs are padded to 8, so that
-// the two steps whose products share a 16-bit lane (depth 4) are always both there.
+// Dense int8 panels hold 16 outputs: one 64-byte line a step of 4 inputs. Inputs are padded to 8,
+// so that the two steps whose products share a 16-bit lane (depth 4) are always both there.
 constexpr int kPanel = 16;
 constexpr int kStep = 8;
 // 255 * 127 * 65536 < 2^31: an int32 sum cannot overflow.
 constexpr int64_t kMaxK = 65536;
 
-// Sparse index. A block's activations, kBlock* columns x 64 (fp32) or 32 (4 x u8) rows, are 24 KB: they stay
-// in a 32 KB L1 with room for the entries that stream by. A column fits in a byte.
+// Sparse index. A block's activations, kBlock* columns x 64 (fp32) or 32 (4 x u8) rows, are 24 KB:
+// they stay in a 32 KB L1 with room for the entries that stream by. A column fits in a byte.
 constexpr int kBlockFloats = 96;
 constexpr int kBlockWords = 192;
 // A chunk's sums, 512 x 64 fp32 = 128 KB, stay in a 512 KB L2.
 constexpr int kMaxChunk = 512;
 
-static inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+static inline int64_t round_up(int64_t value, int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
 static inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 // An even number of chunks of equal size, a multiple of 16: two threads can share one tile of rows.
@@ -40,6 +42,8 @@ static inline int64_t chunk_rows(int64_t n) {
 }
 static inline int64_t chunk_count(int64_t n) { return n == 0 ? 0 : ceil_div(n, chunk_rows(n)); }
 
-static inline int64_t element_size(gossamer_dtype dtype) { return dtype == GOSSAMER_FLOAT32 ? 4 : 2; }
+static inline int64_t element_size(gossamer_dtype dtype) {
+  return dtype == GOSSAMER_FLOAT32 ? 4 : 2;
+}
 
 }  // namespace gossamer

@@ -1,8 +1,9 @@
 /* gossamer.h: the C ABI of libgossamer, for servers with no Python and no torch.
  *
- * Every function works on the caller's memory, starts no thread of its own and keeps no state between calls
- * but one scratch buffer a thread. It returns 0, or a code from gossamer_status; then gossamer_error() is a
- * sentence that says what was wrong, valid until the calling thread's next call.
+ * Every function works on the caller's memory, starts no thread of its own and keeps no state
+ * between calls but one scratch buffer a thread. It returns 0, or a code from gossamer_status; then
+ * gossamer_error() is a sentence that says what was wrong, valid until the calling thread's next
+ * call.
  *
  * Layouts of the packed weights are drawn byte for byte in docs/formats.md.
  */
@@ -22,20 +23,24 @@ typedef enum { GOSSAMER_OK = 0, GOSSAMER_INVALID = 1, GOSSAMER_NO_MEMORY = 2 } g
 typedef enum { GOSSAMER_FLOAT32, GOSSAMER_BFLOAT16, GOSSAMER_FLOAT16 } gossamer_dtype;
 typedef enum { GOSSAMER_NONE, GOSSAMER_RELU, GOSSAMER_GELU, GOSSAMER_SILU } gossamer_activation;
 
-/* Runs body(b, e, ctx) over disjoint ranges that cover [begin, end), none shorter than grain unless it is the
- * last, on as many threads as the caller likes, and returns when all are done. NULL means: this thread. */
+/* Runs body(b, e, ctx) over disjoint ranges that cover [begin, end), none shorter than grain unless
+ * it is the last, on as many threads as the caller likes, and returns when all are done. NULL
+ * means: this thread. */
 typedef void (*gossamer_body)(int64_t begin, int64_t end, void* ctx);
-typedef void (*gossamer_parallel_for)(int64_t begin, int64_t end, int64_t grain, gossamer_body body, void* ctx);
+typedef void (*gossamer_parallel_for)(int64_t begin, int64_t end, int64_t grain, gossamer_body body,
+                                      void* ctx);
 
-/* How a convolution reads its rows: the input is (images, height, width, channels), channels innermost; a row
- * of the product is one output pixel, its columns are (tap row, tap column, channel rounded up to 4). */
+/* How a convolution reads its rows: the input is (images, height, width, channels), channels
+ * innermost; a row of the product is one output pixel, its columns are (tap row, tap column,
+ * channel rounded up to 4). */
 typedef struct {
   int64_t images, height, width, channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
   int64_t pad_top, pad_left, out_h, out_w;
 } gossamer_conv;
 
-/* The left operand: `rows` rows of k contiguous elements, `stride` elements apart; or, with conv, an image. */
+/* The left operand: `rows` rows of k contiguous elements, `stride` elements apart; or, with conv,
+ * an image. */
 typedef struct {
   const void* data;
   gossamer_dtype dtype;
@@ -43,8 +48,8 @@ typedef struct {
   const gossamer_conv* conv;
 } gossamer_input;
 
-/* The result, in the input's dtype: y(row, output). planar = 0: rows of n elements, `stride` apart. planar = 1
- * (conv only): (images, n, out_h, out_w), the layout torch calls contiguous. */
+/* The result, in the input's dtype: y(row, output). planar = 0: rows of n elements, `stride` apart.
+ * planar = 1 (conv only): (images, n, out_h, out_w), the layout torch calls contiguous. */
 typedef struct {
   void* data;
   int64_t stride;
@@ -61,8 +66,8 @@ typedef struct {
   const int32_t* wsum;  /* n: sum over i of q[o][i]; not read by gossamer_gemm_w8 */
 } gossamer_int8;
 
-/* The index that both sparse formats share: columns in blocks, outputs in chunks; a (block, chunk) pair is a
- * cell, and a cell lists its non-empty outputs, longest first. */
+/* The index that both sparse formats share: columns in blocks, outputs in chunks; a (block, chunk)
+ * pair is a cell, and a cell lists its non-empty outputs, longest first. */
 typedef struct {
   int64_t n, k;
   int64_t entries, row_count;
@@ -83,26 +88,33 @@ typedef struct {
   const int32_t* wsum;  /* n */
 } gossamer_sparse_int8;
 
-/* y = activation(x @ w^T + bias). x is quantized to u8 a row (a convolution: an image) on the way. */
-GOSSAMER_API int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* w, const gossamer_output* y,
-                                    gossamer_parallel_for parallel_for);
+/* y = activation(x @ w^T + bias). x is quantized to u8 a row (a convolution: an image) on the way.
+ */
+GOSSAMER_API int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* w,
+                                    const gossamer_output* y, gossamer_parallel_for parallel_for);
 /* The same weights, x in fp32. */
-GOSSAMER_API int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w, const gossamer_output* y,
-                                  gossamer_parallel_for parallel_for);
-GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w, const gossamer_output* y,
-                               gossamer_parallel_for parallel_for);
+GOSSAMER_API int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
+                                  const gossamer_output* y, gossamer_parallel_for parallel_for);
+GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
+                               const gossamer_output* y, gossamer_parallel_for parallel_for);
 GOSSAMER_API int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
 
-/* q = clamp(round(x / scale) + zero, 0, 255) a row of k elements; q has rows of q_stride >= k bytes. */
-GOSSAMER_API int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q, int64_t q_stride,
-                                        float* scale, int32_t* zero, gossamer_parallel_for parallel_for);
-/* The rows that a convolution multiplies, (images * out_h * out_w, kernel_h * kernel_w * channels up to 4). */
-GOSSAMER_API int gossamer_im2col(const gossamer_input* x, void* rows, gossamer_parallel_for parallel_for);
+/* q = clamp(round(x / scale) + zero, 0, 255) a row of k elements; q has rows of q_stride >= k
+ * bytes. */
+GOSSAMER_API int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q,
+                                        int64_t q_stride, float* scale, int32_t* zero,
+                                        gossamer_parallel_for parallel_for);
+/* The rows that a convolution multiplies, (images * out_h * out_w, kernel_h * kernel_w * channels
+ * up to 4). */
+GOSSAMER_API int gossamer_im2col(const gossamer_input* x, void* rows,
+                                 gossamer_parallel_for parallel_for);
 
-/* Are all shapes, offsets and columns of an index inside their bounds? Run it once on what came from a file:
- * the products trust their operands. `unit` is the number of inputs a column stands for (1 or 4). */
-GOSSAMER_API int gossamer_check_index(const gossamer_index* index, int64_t cell_count, int64_t unit);
+/* Are all shapes, offsets and columns of an index inside their bounds? Run it once on what came
+ * from a file: the products trust their operands. `unit` is the number of inputs a column stands
+ * for (1 or 4). */
+GOSSAMER_API int gossamer_check_index(const gossamer_index* index, int64_t cell_count,
+                                      int64_t unit);
 
 /* The number of cells, blocks * chunks, of an n x k index whose columns stand for `unit` inputs. */
 GOSSAMER_API int64_t gossamer_cell_count(int64_t n, int64_t k, int64_t unit);
@@ -110,8 +122,9 @@ GOSSAMER_API int64_t gossamer_cell_count(int64_t n, int64_t k, int64_t unit);
 GOSSAMER_API int64_t gossamer_block_columns(int64_t unit);
 GOSSAMER_API int64_t gossamer_chunk_rows(int64_t n);
 
-/* The instruction set in use ("base", "avx2", ...), chosen once: the best this CPU has, or the one that the
- * environment variable GOSSAMER_ISA names (it may only lower it). NULL when that names none: see gossamer_error. */
+/* The instruction set in use ("base", "avx2", ...), chosen once: the best this CPU has, or the one
+ * that the environment variable GOSSAMER_ISA names (it may only lower it). NULL when that names
+ * none: see gossamer_error. */
 GOSSAMER_API const char* gossamer_isa(void);
 /* Names of the sets that this CPU can run, best first, NULL at the end. */
 GOSSAMER_API const char* const* gossamer_isas(void);

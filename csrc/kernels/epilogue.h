@@ -1,9 +1,11 @@
-// epilogue.h: from sums in registers to y, one fixed order of float operations for every int8 and sparse kernel.
+// epilogue.h: from sums in registers to y, one fixed order of float operations for every int8 and
+// sparse kernel.
 //
 //   int8:   y = act(float(sum - zero * wsum) * (x_scale * w_scale) + bias)
 //   fp32:   y = act(sum + bias)
 //
-// Only correctly rounded operations (no fused multiply-add), so that int8 results are bit-equal on every Isa.
+// Only correctly rounded operations (no fused multiply-add), so that int8 results are bit-equal on
+// every Isa.
 #pragma once
 
 #include GOSSAMER_SIMD
@@ -20,21 +22,23 @@ static inline F32 polynomial(F32 x, const float (&coefficients)[kCount]) {
   return p;
 }
 
-// e^x for x in [-87, 88], clamped to that. r = x - n ln2 in two parts, then the Taylor polynomial of degree 7
-// on |r| <= ln2 / 2: relative error below 2e-7.
+// e^x for x in [-87, 88], clamped to that. r = x - n ln2 in two parts, then the Taylor polynomial
+// of degree 7 on |r| <= ln2 / 2: relative error below 2e-7.
 static inline F32 exp(F32 x) {
   x = min(set(88.0f), max(set(-87.0f), x));
   const I32 n = round(mul(x, set(1.44269504f)));
   const F32 nf = to_f32(n);
   const F32 r = sub(sub(x, mul(nf, set(0.693359375f))), mul(nf, set(-2.12194440e-4f)));
-  constexpr float kTaylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  constexpr float kTaylor[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24,
+                               1.0f / 6,    0.5f,       1.0f,       1.0f};
   return mul(polynomial(r, kTaylor), exp2(n));
 }
 
 // Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7.
 static inline F32 erf(F32 x) {
   const F32 t = div(set(1.0f), add(set(1.0f), mul(set(0.3275911f), abs(x))));
-  constexpr float kTail[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f};
+  constexpr float kTail[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
+                             0.254829592f};
   const F32 tail = mul(mul(polynomial(t, kTail), t), exp(sub(set(0.0f), mul(x, x))));
   return copysign(sub(set(1.0f), tail), x);
 }
@@ -53,41 +57,60 @@ static inline F32 activate(F32 y, gossamer_activation activation) {
   return y;
 }
 
-// y[row][output ..] = act(value + bias), for the first `count` of kLanes outputs.
-static inline void write(const Destination& to, int64_t row, int64_t output, int count, F32 value) {
-  if (to.bias) {
-    const float* bias = to.bias + output;
-    value = add(value, count == kLanes ? load(bias) : load_first(bias, count));
-  }
-  value = activate(value, to.activation);
-  const int64_t at = row * to.stride + output;
-  const auto put = [&](auto* y) { count == kLanes ? store(y, value) : store_first(y, value, count); };
-  switch (to.dtype) {
-    case GOSSAMER_FLOAT32:
-      return put(static_cast<float*>(to.y) + at);
-    case GOSSAMER_BFLOAT16:
-      return put(static_cast<BFloat16*>(to.y) + at);
-    case GOSSAMER_FLOAT16:
-      return put(static_cast<Float16*>(to.y) + at);
-  }
+static inline int lanes_left(int64_t n, int64_t output) {
+  return n - output < kLanes ? static_cast<int>(n - output) : kLanes;
 }
 
-// The scales and weight sums of kLanes outputs, loaded once for all rows of a tile.
+// kLanes neighbouring outputs (fewer at the end of a row): what is loaded once for all rows of a
+// tile.
+struct Outputs {
+  int64_t first;
+  int count;
+  F32 bias;
+
+  Outputs(const Destination& to, int64_t n, int64_t output)
+      : first(output), count(lanes_left(n, output)) {
+    bias = to.bias ? take(to.bias) : set(0.0f);
+  }
+  // These outputs' part of an array of n.
+  F32 take(const float* array) const {
+    return count == kLanes ? load(array + first) : load_first(array + first, count);
+  }
+  I32 take(const int32_t* array) const {
+    return count == kLanes ? load(array + first) : load_first(array + first, count);
+  }
+};
+
+// The scales and weight sums of kLanes outputs.
 struct Dequantize {
   F32 scale;
   I32 wsum;
-
-  Dequantize(const float* scales, const int32_t* wsums, int count)
-      : scale(count == kLanes ? load(scales) : load_first(scales, count)),
-        wsum(count == kLanes ? load(wsums) : load_first(wsums, count)) {}
 
   F32 operator()(I32 sum, float x_scale, int32_t x_zero) const {
     return mul(to_f32(sub(sum, mul(set(x_zero), wsum))), mul(set(x_scale), scale));
   }
 };
 
-static inline int lanes_left(int64_t n, int64_t output) {
-  return n - output < kLanes ? static_cast<int>(n - output) : kLanes;
+// y[row][outputs] = act(value + bias). T is the element type of y: choose it once a tile, with
+// by_dtype.
+template <typename T>
+static inline void write(const Destination& to, int64_t row, const Outputs& outputs, F32 value) {
+  value = add(value, outputs.bias);
+  if (to.activation != GOSSAMER_NONE) value = activate(value, to.activation);
+  T* y = static_cast<T*>(to.y) + row * to.stride + outputs.first;
+  outputs.count == kLanes ? store(y, value) : store_first(y, value, outputs.count);
+}
+
+template <typename Body>
+static inline void by_dtype(gossamer_dtype dtype, Body body) {
+  switch (dtype) {
+    case GOSSAMER_FLOAT32:
+      return body(float());
+    case GOSSAMER_BFLOAT16:
+      return body(BFloat16());
+    case GOSSAMER_FLOAT16:
+      return body(Float16());
+  }
 }
 
 }  // namespace GOSSAMER_ISA

@@ -1,16 +1,17 @@
 // gemm_int8: y = act(dequantize(q @ w^T) + bias), u8 activations times s8 weights, dense.
 //
-//   q       rows x stride        u8, rows padded with anything to a multiple of 8 (the weights there are 0)
-//   panels  (n/16, k/4, 16, 4)   s8: 16 outputs x 4 inputs, 64 bytes, a step; an even number of steps
-//   y       rows x n             see epilogue.h
+//   q       rows x stride        u8, rows padded with anything to a multiple of 8 (the weights
+//   there are 0) panels  (n/16, k/4, 16, 4)   s8: 16 outputs x 4 inputs, 64 bytes, a step; an even
+//   number of steps y       rows x n             see epilogue.h
 //
-// Tile: kGemmRows rows x kGemmPanels panels, all of k in one go, so sums leave their registers once.
-// Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16 bits ("depth 4"): a 256-bit Isa
-// needs 4 MR of vpmaddubsw, 2 MR of vpmaddwd and 4 MR of adds for MR x 16 x 8 MACs. At two multiplies a cycle that
-// is 42.7 MACs a cycle, whatever MR; MR only has to make loads (2 a cycle) scarcer than multiplies:
-// 4 weights + 2 MR broadcasts < 2 * 3 MR. Registers: MR x NP x 16/kLanes sums, the weights of a turn, two broadcasts.
-// Tails: rows by a smaller MR, outputs by the masked store of epilogue.h (panels are padded with zeros).
-// Numerics: exact in int32 for k <= 65536.
+// Tile: kGemmRows rows x kGemmPanels panels, all of k in one go, so sums leave their registers
+// once. Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16 bits
+// ("depth 4"): a 256-bit Isa needs 4 MR of vpmaddubsw, 2 MR of vpmaddwd and 4 MR of adds for MR x
+// 16 x 8 MACs. At two multiplies a cycle that is 42.7 MACs a cycle, whatever MR; MR only has to
+// make loads (2 a cycle) scarcer than multiplies: 4 weights + 2 MR broadcasts < 2 * 3 MR.
+// Registers: MR x NP x 16/kLanes sums, the weights of a turn, two broadcasts. Tails: rows by a
+// smaller MR, outputs by the masked store of epilogue.h (panels are padded with zeros). Numerics:
+// exact in int32 for k <= 65536.
 
 #include "epilogue.h"
 
@@ -22,12 +23,13 @@ constexpr int kVecs = kPanel / kLanes;
 constexpr int kAhead = 1024;
 
 template <int MR, int NP>
-void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel, const Destination& to) {
+void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel,
+          const Destination& to) {
   constexpr int kColumns = NP * kVecs;
   const int64_t k = round_up(w.k, kStep), panel_bytes = k * kPanel, stride = x.stride;
   const int8_t* weights = w.panels + panel * panel_bytes;
-  // One pointer for three rows: base, base + stride and base + 2 stride are all addressing modes. A pointer a row
-  // would spill.
+  // One pointer for three rows: base, base + stride and base + 2 stride are all addressing modes. A
+  // pointer a row would spill.
   const uint8_t* rows[(MR + 2) / 3];
   for (int i = 0; i < (MR + 2) / 3; ++i) rows[i] = x.q + (row + 3 * i) * stride;
   I32 sum[MR][kColumns];
@@ -51,21 +53,24 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
     for (const uint8_t*& q : rows) q += kStep;
   }
 
-  for (int v = 0; v < kColumns; ++v) {
-    const int64_t output = panel * kPanel + v * kLanes;
-    const int count = lanes_left(w.n, output);
-    if (count <= 0) break;
-    const Dequantize dequantize(w.scale + output, w.wsum + output, count);
-    for (int r = 0; r < MR; ++r) {
-      write(to, row + r, output, count, dequantize(sum[r][v], x.scale[row + r], x.zero[row + r]));
+  by_dtype(to.dtype, [&](auto type) {
+    for (int v = 0; v < kColumns; ++v) {
+      const int64_t output = panel * kPanel + v * kLanes;
+      if (output >= w.n) break;
+      const Outputs outputs(to, w.n, output);
+      const Dequantize dequantize{outputs.take(w.scale), outputs.take(w.wsum)};
+      for (int r = 0; r < MR; ++r) {
+        const F32 value = dequantize(sum[r][v], x.scale[row + r], x.zero[row + r]);
+        write<decltype(type)>(to, row + r, outputs, value);
+      }
     }
-  }
+  });
 }
 
 // The last `count` rows, fewer than MR.
 template <int MR, int NP>
-void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel,
-               const Destination& to) {
+void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossamer_int8& w,
+               int64_t panel, const Destination& to) {
   if constexpr (MR > 1) {
     count == MR - 1 ? tile<MR - 1, NP>(x, row, w, panel, to)
                     : last_rows<MR - 1, NP>(count, x, row, w, panel, to);
@@ -82,7 +87,8 @@ void columns(const QuantizedTile& x, const gossamer_int8& w, int64_t panel, cons
 
 }  // namespace
 
-void gemm_int8(const QuantizedTile& x, const gossamer_int8& w, Range panels, const Destination& to) {
+void gemm_int8(const QuantizedTile& x, const gossamer_int8& w, Range panels,
+               const Destination& to) {
   int64_t p = panels.begin;
   for (; p + kGemmPanels <= panels.end; p += kGemmPanels) columns<kGemmPanels>(x, w, p, to);
   for (; p < panels.end; ++p) columns<1>(x, w, p, to);

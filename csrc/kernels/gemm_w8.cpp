@@ -1,13 +1,15 @@
-// gemm_w8: y = act((x @ w^T) * scale + bias), fp32 activations times s8 weights ("weight-only int8").
+// gemm_w8: y = act((x @ w^T) * scale + bias), fp32 activations times s8 weights ("weight-only
+// int8").
 //
 //   x       rows x k             float32, bfloat16 or float16
 //   panels  (n/16, k/4, 16, 4)   s8, as in gemm_int8
 //   y       rows x n             see epilogue.h
 //
-// A panel is widened once into scratch (k x 16 floats), then multiplied by all rows of the tile in MR x 16 tiles
-// of fp32: 12 sums, 2 weights and a broadcast in 16 registers. 16-bit rows are widened into scratch first.
-// Tails: rows by a smaller MR, inputs by the zeros that pad a panel, outputs by the masked store.
-// Numerics: fp32 multiply-adds in the order of k, error <= k eps (|x| @ |w|^T).
+// A panel is widened once into scratch (k x 16 floats), then multiplied by all rows of the tile in
+// MR x 16 tiles of fp32: 12 sums, 2 weights and a broadcast in 16 registers. 16-bit rows are
+// widened into scratch first. Tails: rows by a smaller MR, inputs by the zeros that pad a panel,
+// outputs by the masked store. Numerics: fp32 multiply-adds in the order of k, error <= k eps (|x|
+// @ |w|^T).
 
 #include "epilogue.h"
 
@@ -33,8 +35,8 @@ void widen_panel(const int8_t* panel, int64_t k, float* out) {
 }
 
 template <int MR>
-void tile(const float* x, int64_t stride, int64_t row, const float* weights, const gossamer_int8& w, int64_t panel,
-          const Destination& to) {
+void tile(const float* x, int64_t stride, int64_t row, const float* weights, const gossamer_int8& w,
+          int64_t panel, const Destination& to) {
   const float* a = x + row * stride;
   F32 sum[MR][kVecs];
   for (auto& line : sum)
@@ -47,13 +49,16 @@ void tile(const float* x, int64_t stride, int64_t row, const float* weights, con
       for (int v = 0; v < kVecs; ++v) sum[r][v] = muladd(broadcast, b[v], sum[r][v]);
     }
   }
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t output = panel * kPanel + v * kLanes;
-    const int count = lanes_left(w.n, output);
-    if (count <= 0) break;
-    const F32 scale = count == kLanes ? load(w.scale + output) : load_first(w.scale + output, count);
-    for (int r = 0; r < MR; ++r) write(to, row + r, output, count, mul(sum[r][v], scale));
-  }
+  by_dtype(to.dtype, [&](auto type) {
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t output = panel * kPanel + v * kLanes;
+      if (output >= w.n) break;
+      const Outputs outputs(to, w.n, output);
+      const F32 scale = outputs.take(w.scale);
+      for (int r = 0; r < MR; ++r)
+        write<decltype(type)>(to, row + r, outputs, mul(sum[r][v], scale));
+    }
+  });
 }
 
 template <typename T>
@@ -68,14 +73,16 @@ void widen_rows(const FloatTile& x, int64_t k, float* out) {
 
 }  // namespace
 
-void gemm_w8(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to, void* scratch) {
+void gemm_w8(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to,
+             void* scratch) {
   const int64_t k = round_up(w.k, kStep);
   float* weights = static_cast<float*>(scratch);
   const float* rows = static_cast<const float*>(x.x);
   int64_t stride = x.stride;
   if (x.dtype != GOSSAMER_FLOAT32) {
     float* wide = weights + k * kPanel;
-    x.dtype == GOSSAMER_BFLOAT16 ? widen_rows<BFloat16>(x, w.k, wide) : widen_rows<Float16>(x, w.k, wide);
+    x.dtype == GOSSAMER_BFLOAT16 ? widen_rows<BFloat16>(x, w.k, wide)
+                                 : widen_rows<Float16>(x, w.k, wide);
     rows = wide;
     stride = w.k;
   }

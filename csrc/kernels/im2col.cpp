@@ -1,19 +1,23 @@
-// im2col: rows[pixel][(tap_h, tap_w, channel)] = image[pixel's place under that tap][channel], 0 (or pad) outside.
+// im2col: rows[pixel][(tap_h, tap_w, channel)] = image[pixel's place under that tap][channel], 0
+// (or pad) outside.
 //
-//   image   height x width x channels                       elements of 1, 2 or 4 bytes, channels innermost
-//   rows    pixels x (kernel_h * kernel_w * channels up to 4)   the channels added by rounding up hold pad
+//   image   height x width x channels                       elements of 1, 2 or 4 bytes, channels
+//   innermost rows    pixels x (kernel_h * kernel_w * channels up to 4)   the channels added by
+//   rounding up hold pad
 //
-// A tap is one copy of all channels; taps of one kernel row that touch (dilation 1, channels a multiple of 4, no
-// padding under them) are one copy together.
-// Numerics: moves bytes only. pad is a byte: the zero point of a quantized image, 0 for floats.
+// A tap is one copy of all channels; taps of one kernel row that touch (dilation 1, channels a
+// multiple of 4, no padding under them) are one copy together. Numerics: moves bytes only. pad is a
+// byte: the zero point of a quantized image, 0 for floats.
 
 #include "epilogue.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
 
-void im2col(const void* image, const gossamer_conv& c, int64_t size, uint8_t pad, Range rows, void* out) {
-  const int64_t tap = round_up(c.channels, 4) * size, filled = c.channels * size, line = c.width * filled;
+void im2col(const void* image, const gossamer_conv& c, int64_t size, uint8_t pad, Range rows,
+            void* out) {
+  const int64_t tap = round_up(c.channels, 4) * size, filled = c.channels * size,
+                line = c.width * filled;
   const bool joined = c.dilation_w == 1 && tap == filled;
   uint8_t* to = static_cast<uint8_t*>(out);
   for (int64_t pixel = rows.begin; pixel < rows.end; ++pixel) {

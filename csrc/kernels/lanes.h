@@ -1,6 +1,6 @@
 // lanes.h: what the two sparse kernels share. Rows of x lie in the lanes of a vector: a panel is
-// [column][T] 32-bit words (floats, or four u8), T = 8, 16, 32 or 64 rows, so that one non-zero weight is
-// broadcast and multiplies a whole line of the panel.
+// [column][T] 32-bit words (floats, or four u8), T = 8, 16, 32 or 64 rows, so that one non-zero
+// weight is broadcast and multiplies a whole line of the panel.
 #pragma once
 
 #include "epilogue.h"
@@ -20,38 +20,43 @@ static inline Cell cell_at(const gossamer_index& w, int64_t block, int64_t chunk
   return {w.rows + 2 * at[0], at[2] - at[0], at[1]};
 }
 
-// words[rows][columns] -> panel[columns][T]; load_word_vector(row, column, count) gives kLanes words of a row.
-// Rows that are not there become zeros.
+// words[rows][columns] -> panel[columns][T]; load_word_vector(row, column, count) gives kLanes
+// words of a row. Rows that are not there become zeros.
 template <typename LoadWords>
-static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int32_t* panel, LoadWords load_some) {
+static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int32_t* panel,
+                              LoadWords load_some) {
   for (int64_t r = 0; r < lanes; r += kLanes) {
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int count = lanes_left(columns, c);
       I32 square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = r + i < rows ? load_some(r + i, c, count) : set(int32_t{0});
+      for (int i = 0; i < kLanes; ++i)
+        square[i] = r + i < rows ? load_some(r + i, c, count) : set(int32_t{0});
       transpose(square);
       for (int i = 0; i < count; ++i) store(panel + (c + i) * lanes + r, square[i]);
     }
   }
 }
 
-// Writes sums[output][T] of a chunk: squares of kLanes outputs x kLanes rows are transposed, so that a row's
-// outputs are neighbours; value(sum vector, row, output, count) dequantizes. sums has outputs up to a multiple of 16.
+// Writes sums[output][T] of a chunk: squares of kLanes outputs x kLanes rows are transposed, so
+// that a row's outputs are neighbours. make_value(outputs) prepares what value(sum, row) needs to
+// turn sums into floats. sums has outputs up to a multiple of 16.
 template <typename MakeValue>
-static inline void write_lanes(const int32_t* sums, int64_t lanes, int64_t rows, int64_t n, int64_t first_output,
-                               int64_t outputs, const Destination& to, MakeValue make_value) {
-  for (int64_t o = 0; o < outputs; o += kLanes) {
-    const int64_t output = first_output + o;
-    const int count = lanes_left(n, output);
-    const auto value = make_value(output, count);
-    for (int64_t r = 0; r < rows; r += kLanes) {
-      I32 square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = load(sums + (o + i) * lanes + r);
-      transpose(square);
-      const int64_t left = rows - r < kLanes ? rows - r : kLanes;
-      for (int64_t i = 0; i < left; ++i) write(to, r + i, output, count, value(square[i], r + i));
+static inline void write_lanes(const int32_t* sums, int64_t lanes, int64_t rows, int64_t n,
+                               Range range, const Destination& to, MakeValue make_value) {
+  by_dtype(to.dtype, [&](auto type) {
+    for (int64_t o = range.begin; o < range.end; o += kLanes, sums += kLanes * lanes) {
+      const Outputs outputs(to, n, o);
+      const auto value = make_value(outputs);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        I32 square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = load(sums + i * lanes + r);
+        transpose(square);
+        const int64_t left = rows - r < kLanes ? rows - r : kLanes;
+        for (int64_t i = 0; i < left; ++i)
+          write<decltype(type)>(to, r + i, outputs, value(square[i], r + i));
+      }
     }
-  }
+  });
 }
 
 // The narrowest panel for `rows` rows, at most `most` lanes.

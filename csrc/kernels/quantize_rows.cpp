@@ -1,7 +1,7 @@
 // quantize_rows: each row of x to unsigned bytes, with a scale and an exact zero point of its own.
 //
-//   low = min(x, 0)   high = max(x, 0)   scale = high / 255 - low / 255   zero = round(-low / scale)
-//   q = clamp(round(x / scale) + zero, 0, 255)      x ~ (q - zero) * scale
+//   low = min(x, 0)   high = max(x, 0)   scale = high / 255 - low / 255   zero = round(-low /
+//   scale) q = clamp(round(x / scale) + zero, 0, 255)      x ~ (q - zero) * scale
 //
 //   x      rows x k    float32, bfloat16 or float16; a row is contiguous
 //   q      rows x q_stride   u8; bytes k .. q_stride are 0
@@ -9,8 +9,9 @@
 //   zero   rows        int32, 0 .. 255
 //
 // Two passes over a row, which L1 holds for k <= 8192; the tail of a row is one masked step.
-// Numerics: 1/scale once, then mul, round-half-even: the same bits on every Isa. A scale under 2^-126 (all zeros, or
-// denormals only) is raised to it: 1/scale stays finite and the error is below 2^-127 an element.
+// Numerics: 1/scale once, then mul, round-half-even: the same bits on every Isa. A scale under
+// 2^-126 (all zeros, or denormals only) is raised to it: 1/scale stays finite and the error is
+// below 2^-127 an element.
 
 #include "epilogue.h"
 
@@ -21,7 +22,8 @@ namespace {
 template <typename T>
 void row(const T* x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int32_t* zero) {
   // x * 0 is NaN just when x is NaN or Inf. Two chains each: min and max have a latency of 4 there.
-  F32 low[2] = {set(0.0f), set(0.0f)}, high[2] = {set(0.0f), set(0.0f)}, bad[2] = {set(0.0f), set(0.0f)};
+  F32 low[2] = {set(0.0f), set(0.0f)}, high[2] = {set(0.0f), set(0.0f)},
+      bad[2] = {set(0.0f), set(0.0f)};
   const auto see = [&](F32 v, int chain) {
     low[chain] = min(v, low[chain]);
     high[chain] = max(v, high[chain]);
@@ -47,7 +49,9 @@ void row(const T* x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int3
 
   const F32 factor = set(inverse);
   const I32 shift = set(*zero), last = set(int32_t{255}), first = set(int32_t{0});
-  const auto quantize = [&](F32 v) { return min(max(add(round(mul(v, factor)), shift), first), last); };
+  const auto quantize = [&](F32 v) {
+    return min(max(add(round(mul(v, factor)), shift), first), last);
+  };
   for (i = 0; i + kLanes <= k; i += kLanes) store_bytes(q + i, quantize(load(x + i)));
   if (i < k) {
     uint8_t tail[kLanes];
@@ -57,23 +61,15 @@ void row(const T* x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int3
   memset(q + k, 0, static_cast<size_t>(q_stride - k));
 }
 
-template <typename T>
-void all_rows(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int32_t* zero) {
-  const T* data = static_cast<const T*>(x.x);
-  for (int64_t r = 0; r < x.rows; ++r) row(data + r * x.stride, k, q + r * q_stride, q_stride, scale + r, zero + r);
-}
-
 }  // namespace
 
-void quantize_rows(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale, int32_t* zero) {
-  switch (x.dtype) {
-    case GOSSAMER_FLOAT32:
-      return all_rows<float>(x, k, q, q_stride, scale, zero);
-    case GOSSAMER_BFLOAT16:
-      return all_rows<BFloat16>(x, k, q, q_stride, scale, zero);
-    case GOSSAMER_FLOAT16:
-      return all_rows<Float16>(x, k, q, q_stride, scale, zero);
-  }
+void quantize_rows(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale,
+                   int32_t* zero) {
+  by_dtype(x.dtype, [&](auto type) {
+    const auto* data = static_cast<const decltype(type)*>(x.x);
+    for (int64_t r = 0; r < x.rows; ++r)
+      row(data + r * x.stride, k, q + r * q_stride, q_stride, scale + r, zero + r);
+  });
 }
 
 }  // namespace GOSSAMER_ISA

@@ -1,18 +1,18 @@
 // spmm: y = act(x @ w^T + bias), w sparse without structure, all in fp32.
 //
 //   x       rows x k      float32, bfloat16 or float16; rows <= T
-//   w       gossamer_sparse: blocks of 96 columns x chunks of about 512 outputs, rows of a cell sorted by length
-//   panel   [k][T] float  scratch: x transposed, rows in lanes
-//   sums    [chunk][T]    scratch
-//   y       rows x n      see epilogue.h
+//   w       gossamer_sparse: blocks of 96 columns x chunks of about 512 outputs, rows of a cell
+//   sorted by length panel   [k][T] float  scratch: x transposed, rows in lanes sums    [chunk][T]
+//   scratch y       rows x n      see epilogue.h
 //
-// One entry = one broadcast and T/8 multiply-adds whose operand comes from the panel: 8 independent sums at
-// T = 64 hide the latency of 4 at two a cycle. Narrower panels take R rows of equal length together, to have as many.
-// The first entry multiplies and the sums so far are added at the end: no zeroing, no load before the chain starts.
-// Rows of a cell are sorted by length: the exit of the inner loop is predicted, and R equal rows are neighbours.
-// Tails: lanes past the last row hold zeros and are not written; outputs by the masked store.
-// Numerics: fp32, entries of a row in order, blocks in order: error <= k eps (|x| @ |w|^T), and the same bits for
-// any split over threads and any number of rows.
+// One entry = one broadcast and T/8 multiply-adds whose operand comes from the panel: 8 independent
+// sums at T = 64 hide the latency of 4 at two a cycle. Narrower panels take R rows of equal length
+// together, to have as many. The first entry multiplies and the sums so far are added at the end:
+// no zeroing, no load before the chain starts. Rows of a cell are sorted by length: the exit of the
+// inner loop is predicted, and R equal rows are neighbours. Tails: lanes past the last row hold
+// zeros and are not written; outputs by the masked store. Numerics: fp32, entries of a row in
+// order, blocks in order: error <= k eps (|x| @ |w|^T), and the same bits for any split over
+// threads and any number of rows.
 
 #include "lanes.h"
 
@@ -22,9 +22,9 @@ namespace {
 
 // R outputs of `length` entries each, V vectors of lanes.
 template <int V, int R>
-void outputs(const float* panel, const float* values, const uint8_t* columns, int64_t length, const uint16_t* rows,
-             float* sums) {
-  constexpr int kWidth = V * kLanes;
+void outputs(const float* panel, const float* values, const uint8_t* columns, int64_t length,
+             const uint16_t* rows, float* sums) {
+  constexpr int64_t kWidth = V * kLanes;
   F32 sum[R][V];
   const auto entry = [&](int64_t i, auto combine) {
     for (int r = 0; r < R; ++r) {
@@ -34,7 +34,8 @@ void outputs(const float* panel, const float* values, const uint8_t* columns, in
     }
   };
   entry(0, [](F32 value, F32 x, F32) { return mul(value, x); });
-  for (int64_t i = 1; i < length; ++i) entry(i, [](F32 value, F32 x, F32 s) { return muladd(value, x, s); });
+  for (int64_t i = 1; i < length; ++i)
+    entry(i, [](F32 value, F32 x, F32 s) { return muladd(value, x, s); });
   for (int r = 0; r < R; ++r) {
     float* to = sums + rows[2 * r] * kWidth;
     for (int v = 0; v < V; ++v) store(to + v * kLanes, add(load(to + v * kLanes), sum[r][v]));
@@ -60,48 +61,36 @@ void cell(const float* panel, const gossamer_sparse& w, const Cell& c, float* su
 }
 
 template <int V>
-void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to, float* panel) {
+void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
+               float* panel) {
   constexpr int64_t kWidth = V * kLanes;
   const int64_t k = w.index.k, n = w.index.n, size = chunk_rows(n);
   float* sums = panel + k * kWidth;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, count = n - begin < size ? n - begin : size;
-    const int64_t padded = round_up(count, kPanel);
-    memset(sums, 0, static_cast<size_t>(padded * kWidth) * 4);
+    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
+    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel) * kWidth) * 4);
     for (int64_t b = 0; b * kBlockFloats < k; ++b) {
       cell<V>(panel + b * kBlockFloats * kWidth, w, cell_at(w.index, b, chunk), sums);
     }
-    write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, n, begin, count, to, [](int64_t, int) {
-      return [](I32 sum, int64_t) { return as_f32(sum); };
-    });
+    write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, n, {begin, end}, to,
+                [](const Outputs&) { return [](I32 sum, int64_t) { return as_f32(sum); }; });
   }
-}
-
-template <typename T>
-void pack(const FloatTile& x, int64_t k, int64_t lanes, float* panel) {
-  const T* data = static_cast<const T*>(x.x);
-  pack_lanes(x.rows, k, lanes, reinterpret_cast<int32_t*>(panel), [=](int64_t row, int64_t column, int count) {
-    const T* at = data + row * x.stride + column;
-    return as_i32(count == kLanes ? load(at) : load_first(at, count));
-  });
 }
 
 }  // namespace
 
-void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to, void* scratch) {
+void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
+          void* scratch) {
   float* panel = static_cast<float*>(scratch);
   const int64_t lanes = lanes_for(x.rows, kMaxLanes), k = w.index.k;
-  switch (x.dtype) {
-    case GOSSAMER_FLOAT32:
-      pack<float>(x, k, lanes, panel);
-      break;
-    case GOSSAMER_BFLOAT16:
-      pack<BFloat16>(x, k, lanes, panel);
-      break;
-    case GOSSAMER_FLOAT16:
-      pack<Float16>(x, k, lanes, panel);
-      break;
-  }
+  by_dtype(x.dtype, [&](auto type) {
+    const auto* data = static_cast<const decltype(type)*>(x.x);
+    pack_lanes(x.rows, k, lanes, reinterpret_cast<int32_t*>(panel),
+               [&](int64_t row, int64_t column, int count) {
+                 const auto* at = data + row * x.stride + column;
+                 return as_i32(count == kLanes ? load(at) : load_first(at, count));
+               });
+  });
   switch (lanes / kLanes) {
     case 1:
       return chunks_of<1>(x, w, chunks, to, panel);

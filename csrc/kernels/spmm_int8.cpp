@@ -1,17 +1,18 @@
 // spmm_int8: y = act(dequantize(q @ w^T) + bias), w int8 in blocks of 1 output x 4 inputs.
 //
 //   q       rows x stride           u8, rows <= T, padded with zeros to a multiple of 8 bytes
-//   w       gossamer_sparse_int8: blocks of 192 columns (of 4 inputs) x chunks of about 512 outputs; the rows
+//   w       gossamer_sparse_int8: blocks of 192 columns (of 4 inputs) x chunks of about 512
+//   outputs; the rows
 //           of a cell have an even number of entries and are sorted by it
 //   panel   [k/4][T] words of 4 u8  scratch: q transposed, rows in lanes
 //   sums    [chunk][T] int32        scratch
 //   y       rows x n                see epilogue.h
 //
-// Two entries a turn, which dot() adds in 16 bits ("depth 4"): two broadcasts, then for 8 rows two loads,
-// two vpmaddubsw, one vpmaddwd and two adds. 64 products for 3 multiplies, at two a cycle 42.7 MACs a cycle.
-// T = 32: a block's panel is 24 KB and stays in L1; 4 sums, 2 weights and 1 of ones leave 9 registers.
-// Tails: lanes past the last row hold zeros and are not written; outputs by the masked store.
-// Numerics: exact in int32 for k <= 65536.
+// Two entries a turn, which dot() adds in 16 bits ("depth 4"): two broadcasts, then for 8 rows two
+// loads, two vpmaddubsw, one vpmaddwd and two adds. 64 products for 3 multiplies, at two a
+// cycle 42.7 MACs a cycle. T = 32: a block's panel is 24 KB and stays in L1; 4 sums, 2 weights and
+// 1 of ones leave 9 registers. Tails: lanes past the last row hold zeros and are not written;
+// outputs by the masked store. Numerics: exact in int32 for k <= 65536.
 
 #include "lanes.h"
 
@@ -21,7 +22,7 @@ namespace {
 
 template <int V>
 void cell(const int32_t* panel, const gossamer_sparse_int8& w, const Cell& c, int32_t* sums) {
-  constexpr int kWidth = V * kLanes;
+  constexpr int64_t kWidth = V * kLanes;
   const int8_t* values = w.values + c.entry * 4;
   const uint8_t* columns = w.index.columns + c.entry;
   for (int64_t r = 0; r < c.count; ++r) {
@@ -32,26 +33,27 @@ void cell(const int32_t* panel, const gossamer_sparse_int8& w, const Cell& c, in
     for (int64_t i = 0; i < length; i += 2, values += 8, columns += 2) {
       const I32 w0 = set_word(values), w1 = set_word(values + 4);
       const int32_t *x0 = panel + columns[0] * kWidth, *x1 = panel + columns[1] * kWidth;
-      for (int v = 0; v < V; ++v) sum[v] = dot(sum[v], load(x0 + v * kLanes), w0, load(x1 + v * kLanes), w1);
+      for (int v = 0; v < V; ++v)
+        sum[v] = dot(sum[v], load(x0 + v * kLanes), w0, load(x1 + v * kLanes), w1);
     }
     for (int v = 0; v < V; ++v) store(to + v * kLanes, sum[v]);
   }
 }
 
 template <int V>
-void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks, const Destination& to,
-               int32_t* panel) {
+void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
+               const Destination& to, int32_t* panel) {
   constexpr int64_t kWidth = V * kLanes;
   const int64_t columns = ceil_div(w.index.k, 4), n = w.index.n, size = chunk_rows(n);
   int32_t* sums = panel + columns * kWidth;
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, count = n - begin < size ? n - begin : size;
-    memset(sums, 0, static_cast<size_t>(round_up(count, kPanel) * kWidth) * 4);
+    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
+    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel) * kWidth) * 4);
     for (int64_t b = 0; b * kBlockWords < columns; ++b) {
       cell<V>(panel + b * kBlockWords * kWidth, w, cell_at(w.index, b, chunk), sums);
     }
-    write_lanes(sums, kWidth, x.rows, n, begin, count, to, [&](int64_t output, int outputs) {
-      const Dequantize dequantize(w.scale + output, w.wsum + output, outputs);
+    write_lanes(sums, kWidth, x.rows, n, {begin, end}, to, [&](const Outputs& outputs) {
+      const Dequantize dequantize{outputs.take(w.scale), outputs.take(w.wsum)};
       return [=, &x](I32 sum, int64_t row) { return dequantize(sum, x.scale[row], x.zero[row]); };
     });
   }
@@ -59,14 +61,15 @@ void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
 
 }  // namespace
 
-void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks, const Destination& to,
-               void* scratch) {
+void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
+               const Destination& to, void* scratch) {
   int32_t* panel = static_cast<int32_t*>(scratch);
   const int64_t lanes = lanes_for(x.rows, kSparseInt8Lanes);
-  pack_lanes(x.rows, ceil_div(w.index.k, 4), lanes, panel, [&](int64_t row, int64_t column, int count) {
-    const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
-    return count == kLanes ? load(at) : load_first(at, count);
-  });
+  pack_lanes(x.rows, ceil_div(w.index.k, 4), lanes, panel,
+             [&](int64_t row, int64_t column, int count) {
+               const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
+               return count == kLanes ? load(at) : load_first(at, count);
+             });
   switch (lanes / kLanes) {
     case 1:
       return chunks_of<1>(x, w, chunks, to, panel);

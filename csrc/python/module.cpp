@@ -1,5 +1,6 @@
-// module.cpp: gossamer._C: CPU information, the check of an index, and the C ABI on raw pointers, which lets
-// a microbenchmark call a product with neither torch's dispatcher nor an allocation in between.
+// module.cpp: gossamer._C: CPU information, the check of an index, and the C ABI on raw pointers,
+// which lets a microbenchmark call a product with neither torch's dispatcher nor an allocation in
+// between.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -56,9 +57,14 @@ std::vector<std::string> cpu_features() {
   return names;
 }
 
-gossamer_index index_at(int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns, Address rows,
-                        Address cells) {
-  return {n,       k, entries, row_count, pointer<const uint8_t>(columns), pointer<const uint16_t>(rows),
+gossamer_index index_at(int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns,
+                        Address rows, Address cells) {
+  return {n,
+          k,
+          entries,
+          row_count,
+          pointer<const uint8_t>(columns),
+          pointer<const uint16_t>(rows),
           pointer<const int32_t>(cells)};
 }
 
@@ -77,7 +83,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The C ABI of libgossamer on raw pointers.";
   m.def("isa", &isa, "Name of the instruction set in use.");
   m.def("isas", &isas, "Names of the instruction sets this CPU can run, best first.");
-  m.def("cpu_features", &cpu_features, "The features of this CPU that choose among instruction sets.");
+  m.def("cpu_features", &cpu_features,
+        "The features of this CPU that choose among instruction sets.");
   m.def("version", &gossamer_version);
   m.def("use_isa", [](const std::string& name) {
     if (gossamer_use_isa(name.c_str()) != GOSSAMER_OK) {
@@ -88,17 +95,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("cell_count", &gossamer_cell_count, py::arg("n"), py::arg("k"), py::arg("unit"));
   m.def("block_columns", &gossamer_block_columns, py::arg("unit"));
   m.def("chunk_rows", &gossamer_chunk_rows, py::arg("n"));
-  m.def("check_index",
-        [](int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns, Address rows, Address cells,
-           int64_t cell_count, int64_t unit) {
-          const gossamer_index index = index_at(n, k, entries, row_count, columns, rows, cells);
-          require(gossamer_check_index(&index, cell_count, unit));
-        });
+  m.def("check_index", [](int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns,
+                          Address rows, Address cells, int64_t cell_count, int64_t unit) {
+    const gossamer_index index = index_at(n, k, entries, row_count, columns, rows, cells);
+    require(gossamer_check_index(&index, cell_count, unit));
+  });
 
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def(
       "gemm_int8",
-      [](Address x, int64_t rows, int64_t k, Address panels, Address scale, Address wsum, Address y, int64_t n) {
+      [](Address x, int64_t rows, int64_t k, Address panels, Address scale, Address wsum, Address y,
+         int64_t n) {
         const Call call(x, rows, k, y, n);
         const gossamer_int8 w{n, k, pointer<const int8_t>(panels), pointer<const float>(scale),
                               pointer<const int32_t>(wsum)};
@@ -109,14 +116,15 @@ PYBIND11_MODULE(_C, m) {
       "gemm_w8",
       [](Address x, int64_t rows, int64_t k, Address panels, Address scale, Address y, int64_t n) {
         const Call call(x, rows, k, y, n);
-        const gossamer_int8 w{n, k, pointer<const int8_t>(panels), pointer<const float>(scale), nullptr};
+        const gossamer_int8 w{n, k, pointer<const int8_t>(panels), pointer<const float>(scale),
+                              nullptr};
         require(gossamer_gemm_w8(&call.x, &w, &call.y, nullptr));
       },
       free_gil);
   m.def(
       "spmm",
-      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows, Address cells,
-         int64_t entries, int64_t row_count, Address y, int64_t n) {
+      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows,
+         Address cells, int64_t entries, int64_t row_count, Address y, int64_t n) {
         const Call call(x, rows, k, y, n);
         const gossamer_sparse w{index_at(n, k, entries, row_count, columns, index_rows, cells),
                                 pointer<const float>(values)};
@@ -125,8 +133,9 @@ PYBIND11_MODULE(_C, m) {
       free_gil);
   m.def(
       "spmm_int8",
-      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows, Address cells,
-         int64_t entries, int64_t row_count, Address scale, Address wsum, Address y, int64_t n) {
+      [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows,
+         Address cells, int64_t entries, int64_t row_count, Address scale, Address wsum, Address y,
+         int64_t n) {
         const Call call(x, rows, k, y, n);
         const gossamer_sparse_int8 w{index_at(n, k, entries, row_count, columns, index_rows, cells),
                                      pointer<const int8_t>(values), pointer<const float>(scale),

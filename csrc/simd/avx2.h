@@ -27,7 +27,8 @@ static inline __m256i first(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// --- Memory -----------------------------------------------------------------------------------------------
+// --- Memory
+// -----------------------------------------------------------------------------------------------
 static inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static inline F32 load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -36,7 +37,9 @@ static inline F32 load(const BFloat16* p) {
 static inline F32 load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-static inline F32 load_first(const float* p, int count) { return {_mm256_maskload_ps(p, first(count))}; }
+static inline F32 load_first(const float* p, int count) {
+  return {_mm256_maskload_ps(p, first(count))};
+}
 // 16-bit elements have no masked load on AVX2: through a buffer.
 template <typename T>
 static inline F32 load_first(const T* p, int count) {
@@ -50,42 +53,58 @@ static inline void store(BFloat16* p, F32 a) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc00000), nan), 16);
+  const __m256i high =
+      _mm256_srli_epi32(_mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc00000), nan), 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 static inline void store(Float16* p, F32 a) {
   // A NaN keeps no payload, as in base.h.
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
-  const __m256i quiet = _mm256_or_si256(_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(INT32_MIN)),
-                                        _mm256_set1_epi32(0x7fc00000));
+  const __m256i quiet =
+      _mm256_or_si256(_mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(INT32_MIN)),
+                      _mm256_set1_epi32(0x7fc00000));
   const __m256 clean = _mm256_blendv_ps(a.v, _mm256_castsi256_ps(quiet), _mm256_castsi256_ps(nan));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(clean, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(clean, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline void store_first(float* p, F32 a, int count) { _mm256_maskstore_ps(p, first(count), a.v); }
+static inline void store_first(float* p, F32 a, int count) {
+  _mm256_maskstore_ps(p, first(count), a.v);
+}
 template <typename T>
 static inline void store_first(T* p, F32 a, int count) {
   T buffer[kLanes];
   store(buffer, a);
   memcpy(p, buffer, size_t(count) * sizeof(T));
 }
-static inline I32 load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-static inline I32 load_first(const int32_t* p, int count) { return {_mm256_maskload_epi32(p, first(count))}; }
-static inline void store(int32_t* p, I32 a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+static inline I32 load(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+static inline I32 load_first(const int32_t* p, int count) {
+  return {_mm256_maskload_epi32(p, first(count))};
+}
+static inline void store(int32_t* p, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
 static inline void store_bytes(uint8_t* p, I32 a) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(a.v, a.v), 0x08);
   const __m128i low = _mm256_castsi256_si128(words);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, low));
 }
-static inline I32 load_words(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+static inline I32 load_words(const void* p) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+}
 static inline I32 set_word(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
   return {_mm256_set1_epi32(word)};
 }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
-// --- Arithmetic -------------------------------------------------------------------------------------------
+// --- Arithmetic
+// -------------------------------------------------------------------------------------------
 static inline F32 set(float x) { return {_mm256_set1_ps(x)}; }
 static inline I32 set(int32_t x) { return {_mm256_set1_epi32(x)}; }
 static inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -107,14 +126,16 @@ static inline I32 min(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
 static inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
 static inline I32 round(F32 a) { return {_mm256_cvtps_epi32(a.v)}; }
 static inline F32 exp2(I32 n) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.v, _mm256_set1_epi32(127)), 23))};
+  return {
+      _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.v, _mm256_set1_epi32(127)), 23))};
 }
 template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
 
-// --- Across lanes -----------------------------------------------------------------------------------------
+// --- Across lanes
+// -----------------------------------------------------------------------------------------
 static inline float reduce_max(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -151,9 +172,11 @@ static inline void transpose(I32 (&r)[kLanes]) {
   }
 }
 
-// --- The int8 dot: 4 instructions for 64 products (vpmaddubsw x2, vpaddw, vpmaddwd, then vpaddd) -----------
+// --- The int8 dot: 4 instructions for 64 products (vpmaddubsw x2, vpaddw, vpmaddwd, then vpaddd)
+// -----------
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
-  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(x0.v, w0.v), _mm256_maddubs_epi16(x1.v, w1.v));
+  const __m256i pairs =
+      _mm256_add_epi16(_mm256_maddubs_epi16(x0.v, w0.v), _mm256_maddubs_epi16(x1.v, w1.v));
   return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
 

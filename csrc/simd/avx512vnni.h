@@ -24,7 +24,8 @@ struct I32 {
 
 static inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// --- Memory -----------------------------------------------------------------------------------------------
+// --- Memory
+// -----------------------------------------------------------------------------------------------
 static inline F32 widen(__m256i bits, BFloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
@@ -42,13 +43,18 @@ static inline __m256i narrow(F32 a, Float16) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i sign = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN));
   const __m512i quiet = _mm512_or_si512(sign, _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtps_ph(_mm512_mask_mov_ps(a.v, nan, _mm512_castsi512_ps(quiet)), _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_cvtps_ph(_mm512_mask_mov_ps(a.v, nan, _mm512_castsi512_ps(quiet)),
+                         _MM_FROUND_TO_NEAREST_INT);
 }
 
 static inline F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-static inline F32 load_first(const float* p, int count) { return {_mm512_maskz_loadu_ps(first(count), p)}; }
+static inline F32 load_first(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(first(count), p)};
+}
 static inline void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
-static inline void store_first(float* p, F32 a, int count) { _mm512_mask_storeu_ps(p, first(count), a.v); }
+static inline void store_first(float* p, F32 a, int count) {
+  _mm512_mask_storeu_ps(p, first(count), a.v);
+}
 template <typename T>
 static inline F32 load(const T* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T());
@@ -66,7 +72,9 @@ static inline void store_first(T* p, F32 a, int count) {
   _mm256_mask_storeu_epi16(p, first(count), narrow(a, T()));
 }
 static inline I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-static inline I32 load_first(const int32_t* p, int count) { return {_mm512_maskz_loadu_epi32(first(count), p)}; }
+static inline I32 load_first(const int32_t* p, int count) {
+  return {_mm512_maskz_loadu_epi32(first(count), p)};
+}
 static inline void store(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 static inline void store_bytes(uint8_t* p, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
@@ -77,9 +85,12 @@ static inline I32 set_word(const void* p) {
   memcpy(&word, p, 4);
   return {_mm512_set1_epi32(word)};
 }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+static inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
 
-// --- Arithmetic -------------------------------------------------------------------------------------------
+// --- Arithmetic
+// -------------------------------------------------------------------------------------------
 static inline F32 set(float x) { return {_mm512_set1_ps(x)}; }
 static inline I32 set(int32_t x) { return {_mm512_set1_epi32(x)}; }
 static inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -101,14 +112,16 @@ static inline I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 static inline F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 static inline I32 round(F32 a) { return {_mm512_cvtps_epi32(a.v)}; }
 static inline F32 exp2(I32 n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n.v, _mm512_set1_epi32(127)), 23))};
 }
 template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
 
-// --- Across lanes -----------------------------------------------------------------------------------------
+// --- Across lanes
+// -----------------------------------------------------------------------------------------
 static inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 static inline float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
 static inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
@@ -128,7 +141,8 @@ static inline void transpose(I32 (&r)[kLanes]) {
     u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
   for (int i = 0; i < 4; ++i) {
-    const __m512i low0 = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88), low1 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
+    const __m512i low0 = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88),
+                  low1 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
     const __m512i high0 = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
     const __m512i high1 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
     r[i].v = _mm512_shuffle_i32x4(low0, low1, 0x88);
@@ -138,7 +152,8 @@ static inline void transpose(I32 (&r)[kLanes]) {
   }
 }
 
-// --- The int8 dot: one instruction for 64 products --------------------------------------------------------------
+// --- The int8 dot: one instruction for 64 products
+// --------------------------------------------------------------
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return {_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum.v, x0.v, w0.v), x1.v, w1.v)};
 }

@@ -1,7 +1,8 @@
 // simd/base.h: the contract that every simd/<isa>.h keeps, in plain C++.
 //
-// F32 and I32 are vectors of kLanes floats and int32. A kernel written against these functions gives the same
-// bits on every Isa, because each function is one correctly rounded operation a lane; the two exceptions say so.
+// F32 and I32 are vectors of kLanes floats and int32. A kernel written against these functions
+// gives the same bits on every Isa, because each function is one correctly rounded operation a
+// lane; the two exceptions say so.
 #pragma once
 
 #include <math.h>
@@ -71,7 +72,8 @@ static inline void narrow(float x, Float16* y) {
   }
 }
 
-// --- Memory: T is float, BFloat16 or Float16; `count` < kLanes reads or writes only the first lanes. --------
+// --- Memory: T is float, BFloat16 or Float16; `count` < kLanes reads or writes only the first
+// lanes. --------
 template <typename T>
 static inline F32 load(const T* p) {
   return each<F32>([&](int i) { return widen(p[i]); });
@@ -113,7 +115,8 @@ static inline I32 set_word(const void* p) {
 // Hint: the line at p is read soon.
 static inline void prefetch(const void*) {}
 
-// --- Arithmetic -------------------------------------------------------------------------------------------
+// --- Arithmetic
+// -------------------------------------------------------------------------------------------
 static inline F32 set(float x) {
   return each<F32>([&](int) { return x; });
 }
@@ -170,9 +173,8 @@ static inline F32 to_f32(I32 a) {
 }
 // To the nearest integer, ties to even; what is NaN or outside int32 becomes INT32_MIN.
 static inline I32 round(F32 a) {
-  return each<I32>([&](int i) {
-    return fabsf(a.v[i]) < 0x1p31f ? int32_t(nearbyintf(a.v[i])) : INT32_MIN;
-  });
+  return each<I32>(
+      [&](int i) { return fabsf(a.v[i]) < 0x1p31f ? int32_t(nearbyintf(a.v[i])) : INT32_MIN; });
 }
 // 2^n for -126 <= n <= 127.
 static inline F32 exp2(I32 n) {
@@ -184,7 +186,8 @@ static inline I32 signed_byte(I32 a) {
   return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
 }
 
-// --- Across lanes -----------------------------------------------------------------------------------------
+// --- Across lanes
+// -----------------------------------------------------------------------------------------
 static inline float reduce_max(F32 a) {
   float r = a.v[0];
   for (int i = 1; i < kLanes; ++i) r = a.v[i] > r ? a.v[i] : r;
@@ -222,9 +225,11 @@ static inline I32 as_i32(F32 a) {
   return r;
 }
 
-// --- The int8 dot -----------------------------------------------------------------------------------------
-// sum + x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that the products of bytes
-// (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas without a 4-way dot add them there.
+// --- The int8 dot
+// ----------------------------------------------------------------------------------------- sum +
+// x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that the products of
+// bytes (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas without a 4-way
+// dot add them there.
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return each<I32>([&](int i) {
     int32_t s = sum.v[i];

@@ -1,8 +1,10 @@
-// ops.cpp: torch.ops.gossamer.*: schemas, checks of what torch hands over, and calls of the C ABI on torch's threads.
+// ops.cpp: torch.ops.gossamer.*: schemas, checks of what torch hands over, and calls of the C ABI
+// on torch's threads.
 //
-// Every operator that multiplies takes either rows (..., k), or with `conv` an image (images, channels, height,
-// width) in channels_last memory. conv lists kernel, stride, dilation (height, width each), padding (top, bottom,
-// left, right) and whether the result is planar (contiguous) instead of channels_last.
+// Every operator that multiplies takes either rows (..., k), or with `conv` an image (images,
+// channels, height, width) in channels_last memory. conv lists kernel, stride, dilation (height,
+// width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
+// instead of channels_last.
 
 #include <stdexcept>
 #include <string>
@@ -15,7 +17,9 @@ namespace {
 
 constexpr uint64_t kTorch210 = uint64_t{2} << 56 | uint64_t{10} << 48;
 
-[[noreturn]] void fail(const std::string& message) { throw std::runtime_error("gossamer: " + message); }
+[[noreturn]] void fail(const std::string& message) {
+  throw std::runtime_error("gossamer: " + message);
+}
 void require(AOTITorchError status, const char* what) {
   if (status != 0) fail(std::string(what) + " failed inside torch");
 }
@@ -33,17 +37,20 @@ class Tensor {
     require(aoti_torch_get_dtype(handle, &dtype), "get_dtype");
     require(aoti_torch_get_data_ptr(handle, &data), "get_data_ptr");
   }
-  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                      int32_t dtype) {
     AtenTensorHandle handle = nullptr;
-    require(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                     aoti_torch_device_type_cpu(), 0, &handle),
-            "empty_strided");
+    require(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 dtype, aoti_torch_device_type_cpu(), 0, &handle),
+        "empty_strided");
     return Tensor(handle);
   }
   Tensor(Tensor&& other) noexcept { *this = static_cast<Tensor&&>(other); }
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
-    dim = other.dim, sizes = other.sizes, strides = other.strides, dtype = other.dtype, data = other.data;
+    dim = other.dim, sizes = other.sizes, strides = other.strides, dtype = other.dtype,
+    data = other.data;
     return *this;
   }
   ~Tensor() {
@@ -94,7 +101,8 @@ class Arguments {
     Tensor t = tensor();
     if (t.dtype != dtype || !t.contiguous() || (count >= 0 && t.numel() != count)) {
       fail(std::string(name) + " of shape " + t.shape() + " is not the contiguous buffer of " +
-           (count >= 0 ? std::to_string(count) + " elements " : "") + "and of the dtype that packing makes");
+           (count >= 0 ? std::to_string(count) + " elements " : "") +
+           "and of the dtype that packing makes");
     }
     return t;
   }
@@ -105,8 +113,10 @@ class Arguments {
       bias.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
       delete box;
       const Tensor& b = bias[0];
-      if (b.dtype != aoti_torch_dtype_float32() || b.dim != 1 || b.sizes[0] != n || !b.contiguous()) {
-        fail("bias of shape " + b.shape() + " must be float32 and of shape (" + std::to_string(n) + ",)");
+      if (b.dtype != aoti_torch_dtype_float32() || b.dim != 1 || b.sizes[0] != n ||
+          !b.contiguous()) {
+        fail("bias of shape " + b.shape() + " must be float32 and of shape (" + std::to_string(n) +
+             ",)");
       }
     }
     return bias;
@@ -162,7 +172,8 @@ struct Input {
       fail("x of shape " + x.shape() + " must end with k=" + std::to_string(k) + " features");
     }
     const bool strided = x.dim == 2 && (x.strides[1] == 1 || k == 1) && x.strides[0] >= k;
-    if (!strided && !x.contiguous()) fail("x of shape " + x.shape() + " must be contiguous: call x.contiguous()");
+    if (!strided && !x.contiguous())
+      fail("x of shape " + x.shape() + " must be contiguous: call x.contiguous()");
     view.rows = k == 0 ? 0 : x.numel() / k;
     if (strided && x.sizes[0] > 1) view.stride = x.strides[0];
   }
@@ -173,12 +184,25 @@ struct Input {
     const int64_t n = x.sizes[0], c = x.sizes[1], h = x.sizes[2], w = x.sizes[3];
     const int64_t expected[4] = {h * w * c, 1, w * c, c};
     for (int i = 0; i < 4; ++i) {
-      if (x.sizes[i] > 1 && x.strides[i] != expected[i]) fail("x of shape " + x.shape() + " must be channels_last");
+      if (x.sizes[i] > 1 && x.strides[i] != expected[i])
+        fail("x of shape " + x.shape() + " must be channels_last");
     }
     const auto out = [](int64_t in, int64_t pad, int64_t kernel, int64_t stride, int64_t dilation) {
       return stride < 1 ? 0 : (in + pad - dilation * (kernel - 1) - 1) / stride + 1;
     };
-    conv = {n,    c > 0 ? h : 0, w, c, g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[8], out(h, g[6] + g[7], g[0], g[2], g[4]),
+    conv = {n,
+            c > 0 ? h : 0,
+            w,
+            c,
+            g[0],
+            g[1],
+            g[2],
+            g[3],
+            g[4],
+            g[5],
+            g[6],
+            g[8],
+            out(h, g[6] + g[7], g[0], g[2], g[4]),
             out(w, g[8] + g[9], g[1], g[3], g[5])};
     view.conv = &conv;
     planar = g[10] != 0;
@@ -206,15 +230,16 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, gossamer_body body,
   require(torch_parallel_for(begin, end, grain, body, context), "parallel_for");
 }
 
-// What all products share: their tail arguments (bias, k, activation, conv), and the result. `multiply` gets the
-// input and the output of the C ABI.
+// What all products share: their tail arguments (bias, k, activation, conv), and the result.
+// `multiply` gets the input and the output of the C ABI.
 template <typename Multiply>
 StableIValue product(const Tensor& x, Arguments& arguments, int64_t n, Multiply multiply) {
   const std::vector<Tensor> bias = arguments.optional_bias(n);
   const int64_t k = arguments.integer(), activation = arguments.integer();
   const Input input(x, k, arguments.optional_integers());
   Tensor y = result(x, input, n);
-  const gossamer_output output{y.data, n, input.planar, bias.empty() ? nullptr : static_cast<const float*>(bias[0].data),
+  const gossamer_output output{y.data, n, input.planar,
+                               bias.empty() ? nullptr : static_cast<const float*>(bias[0].data),
                                static_cast<gossamer_activation>(activation)};
   require_gossamer(multiply(input.view, k, output));
   return y.release();
@@ -236,13 +261,16 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
     sums.push_back(arguments.weight("wsum", aoti_torch_dtype_int32(), n));
     wsum = static_cast<const int32_t*>(sums[0].data);
   }
-  stack[0] = product(x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-    if (panels.numel() != up(n, 16) * up(k, 8)) {
-      fail("panels of shape " + panels.shape() + " do not hold n=" + std::to_string(n) + ", k=" + std::to_string(k));
-    }
-    const gossamer_int8 w{n, k, static_cast<const int8_t*>(panels.data), static_cast<const float*>(scale.data), wsum};
-    return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
-  });
+  stack[0] = product(
+      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        if (panels.numel() != up(n, 16) * up(k, 8)) {
+          fail("panels of shape " + panels.shape() + " do not hold n=" + std::to_string(n) +
+               ", k=" + std::to_string(k));
+        }
+        const gossamer_int8 w{n, k, static_cast<const int8_t*>(panels.data),
+                              static_cast<const float*>(scale.data), wsum};
+        return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
+      });
 }
 
 // The four tensors of an index follow each other: values, columns, rows, cells.
@@ -255,10 +283,12 @@ struct Index {
         rows(arguments.weight("rows", aoti_torch_dtype_uint16(), -1)),
         cells(arguments.weight("cells", aoti_torch_dtype_int32(), -1)) {}
 
-  // Only what a wrong n or k could break is checked a call; what came from a file was checked when it was read.
+  // Only what a wrong n or k could break is checked a call; what came from a file was checked when
+  // it was read.
   gossamer_index view(int64_t n, int64_t k, int64_t unit) const {
     if (cells.numel() != 2 * (gossamer_cell_count(n, k, unit) + 1)) {
-      fail("cells of shape " + cells.shape() + " do not belong to n=" + std::to_string(n) + ", k=" + std::to_string(k));
+      fail("cells of shape " + cells.shape() + " do not belong to n=" + std::to_string(n) +
+           ", k=" + std::to_string(k));
     }
     return {n,
             k,
@@ -276,10 +306,11 @@ void spmm(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor x = arguments.tensor();
   const Index index(arguments, aoti_torch_dtype_float32(), 1);
   const int64_t n = arguments.integer();
-  stack[0] = product(x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-    const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(index.values.data)};
-    return gossamer_spmm(&input, &w, &y, parallel_for);
-  });
+  stack[0] = product(
+      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(index.values.data)};
+        return gossamer_spmm(&input, &w, &y, parallel_for);
+      });
 }
 
 // (x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv)
@@ -290,11 +321,13 @@ void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  stack[0] = product(x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-    const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(index.values.data),
-                                 static_cast<const float*>(scale.data), static_cast<const int32_t*>(wsum.data)};
-    return gossamer_spmm_int8(&input, &w, &y, parallel_for);
-  });
+  stack[0] = product(
+      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse_int8 w{
+            index.view(n, k, 4), static_cast<const int8_t*>(index.values.data),
+            static_cast<const float*>(scale.data), static_cast<const int32_t*>(wsum.data)};
+        return gossamer_spmm_int8(&input, &w, &y, parallel_for);
+      });
 }
 
 // (x) -> (q, scale, zero)
@@ -305,17 +338,19 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t k = x.sizes[x.dim - 1];
   const Input input(x, k, {});
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i-- > 0;) strides[i] = strides[i + 1] * (sizes[i + 1] > 1 ? sizes[i + 1] : 1);
+  for (size_t i = sizes.size() - 1; i-- > 0;)
+    strides[i] = strides[i + 1] * (sizes[i + 1] > 1 ? sizes[i + 1] : 1);
   Tensor q = Tensor::empty(sizes, strides, aoti_torch_dtype_uint8());
   sizes.pop_back();
   strides.assign(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
   Tensor scale = Tensor::empty(sizes, strides, aoti_torch_dtype_float32());
   Tensor zero = Tensor::empty(sizes, strides, aoti_torch_dtype_int32());
   if (input.view.rows > 0) {
     require_gossamer(gossamer_quantize_rows(&input.view, k, static_cast<uint8_t*>(q.data), k,
-                                            static_cast<float*>(scale.data), static_cast<int32_t*>(zero.data),
-                                            parallel_for));
+                                            static_cast<float*>(scale.data),
+                                            static_cast<int32_t*>(zero.data), parallel_for));
   }
   stack[0] = q.release();
   stack[1] = scale.release();
@@ -345,7 +380,8 @@ struct Operator {
 #define INDEX "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor cells, "
 const Operator kOperators[] = {
     {"quantize_rows", "quantize_rows(Tensor x) -> (Tensor, Tensor, Tensor)", quantize_rows},
-    {"gemm_int8", "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " PRODUCT_TAIL, gemm<true>},
+    {"gemm_int8", "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " PRODUCT_TAIL,
+     gemm<true>},
     {"gemm_w8", "gemm_w8(Tensor x, Tensor panels, Tensor scale, " PRODUCT_TAIL, gemm<false>},
     {"spmm", "spmm(" INDEX "int n, " PRODUCT_TAIL, spmm},
     {"spmm_int8", "spmm_int8(" INDEX "Tensor scale, Tensor wsum, " PRODUCT_TAIL, spmm_int8},
@@ -355,8 +391,10 @@ const Operator kOperators[] = {
 // Runs when the library is loaded; the registrations live as long as the process.
 const bool registered = [] {
   TorchLibraryHandle schemas = nullptr, kernels = nullptr;
-  require(aoti_torch_library_init_fragment("gossamer", __FILE__, __LINE__, &schemas), "library_init_fragment");
-  require(aoti_torch_library_init_impl("gossamer", "CPU", __FILE__, __LINE__, &kernels), "library_init_impl");
+  require(aoti_torch_library_init_fragment("gossamer", __FILE__, __LINE__, &schemas),
+          "library_init_fragment");
+  require(aoti_torch_library_init_impl("gossamer", "CPU", __FILE__, __LINE__, &kernels),
+          "library_init_impl");
   for (const Operator& op : kOperators) {
     require(aoti_torch_library_def(schemas, op.schema), op.schema);
     require(torch_library_impl(kernels, op.name, op.run, kTorch210), op.name);

@@ -1,8 +1,9 @@
-// shim.h: the functions of torch's stable C ABI (torch >= 2.10) that ops.cpp calls, declared by hand.
+// shim.h: the functions of torch's stable C ABI (torch >= 2.10) that ops.cpp calls, declared by
+// hand.
 //
-// torch promises that their signatures do not change; tests/test_shim.py compiles this file beside torch's own
-// header, where a wrong one is an error. CMake reads the SHIM lines to make the library that stands in for torch
-// at link time, so each stands on a line of its own.
+// torch promises that their signatures do not change; tests/test_shim.py compiles this file beside
+// torch's own header, where a wrong one is an error. CMake reads the SHIM lines to make the library
+// that stands in for torch at link time, so each stands on a line of its own.
 #pragma once
 
 #include <stddef.h>

@@ -8,8 +8,37 @@ torch.Size([2, 10])
 """
 
 from gossamer import ops as ops
-from gossamer._C import isa as isa
-from gossamer.formats import Int8, Sparse, SparseInt8
+from gossamer._C import isa, version
+from gossamer.checkpoint import load_, save
+from gossamer.compare import Comparison, compare
+from gossamer.compress import compress_
+from gossamer.distill import KD, Distiller, SquareHead
+from gossamer.formats import Format, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
+from gossamer.prune import Cubic, OneShot, Pruner, prune_
+from gossamer.report import Report
 
-__version__ = "0.1.0"
+__version__ = version()
+
+__all__ = [
+    "KD",
+    "Comparison",
+    "Conv2d",
+    "Cubic",
+    "Distiller",
+    "Format",
+    "Int8",
+    "Linear",
+    "OneShot",
+    "Pruner",
+    "Report",
+    "Sparse",
+    "SparseInt8",
+    "SquareHead",
+    "compare",
+    "compress_",
+    "isa",
+    "load_",
+    "prune_",
+    "save",
+]

@@ -84,11 +84,11 @@ def format_from_json(data: dict[str, Any]) -> Format:
     >>> format_from_json({"format": "Int8", "activations": "none"})
     Int8(activations='none')
     """
-    if not isinstance(data, dict) or data.get("format") not in FORMATS:
-        name = data.get("format") if isinstance(data, dict) else data
+    name = data.get("format") if isinstance(data, dict) else data
+    if not isinstance(data, dict) or not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"unknown format {name!r}: this version knows {', '.join(FORMATS)}")
     fields = {key: value for key, value in data.items() if key != "format"}
-    cls = FORMATS[data["format"]]
+    cls = FORMATS[name]
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(map(str, unknown)))}")

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gossamer
 from gossamer import ops
 from gossamer.formats import Format
 from gossamer.packed import Packed, pack
@@ -72,8 +71,18 @@ class Linear(_Layer):
     def from_dense(
         cls, module: nn.Linear, format: Format, packed: Packed | None = None, activation: str = "none"
     ) -> Linear:
-        """Packs a dense layer; `packed` reuses a weight that was packed before (a shared one)."""
-        return cls(packed or pack(module.weight, format), module.bias, activation)
+        """Packs a dense layer; `packed` reuses a weight that was packed before (a shared one).
+
+        Raises:
+            ValueError: if `packed` has another shape than the layer's weight, or as `gossamer.packed.pack`.
+        """
+        packed = packed or pack(module.weight, format)
+        if (packed.n, packed.k) != (module.out_features, module.in_features):
+            raise ValueError(
+                f"the packed weight is {packed.n} x {packed.k}, this layer needs "
+                f"{module.out_features} x {module.in_features}"
+            )
+        return cls(packed, module.bias, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.size(-1) != self.in_features:
@@ -201,7 +210,7 @@ class Conv2d(_Layer):
                 f"(channels, height, width) with channels={self.in_channels}"
             )
         batched = x if x.dim() == 4 else x.unsqueeze(0)
-        planar = int(batched.is_contiguous())
+        planar = int(batched.is_contiguous() or batched.stride(1) != 1)
         if self._outside is not None:
             batched = nn.functional.pad(batched, self._outside, mode=_PAD_MODES[self.padding_mode])
         self._check_size(batched)

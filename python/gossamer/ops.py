@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,19 +60,26 @@ def _refuse(x: Tensor) -> None:
     )
 
 
+# An operator: torch.compile traces a backward that may never run, and this raises when it does run.
+@torch.library.custom_op("gossamer::refuse_gradient", mutates_args=())
+def _refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
+    raise RuntimeError(
+        "a gradient was asked through a packed layer, which is for inference only: train the dense "
+        "model and pack it afterwards, or run the model under torch.no_grad()"
+    )
+
+
 class _Inference(torch.autograd.Function):
     """Marks a result whose gradient no kernel can give, so that asking for it is a sentence."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.shape = x.shape
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> None:  # type: ignore[override]
-        raise RuntimeError(
-            "a gradient was asked through a packed layer, which is for inference only: train the dense "
-            "model and pack it afterwards, or run the model under torch.no_grad()"
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _refuse_gradient(grads[0], ctx.shape), None
 
 
 def _prepare(x: Tensor, conv: list[int] | None) -> Tensor:
@@ -231,6 +239,11 @@ def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
 @torch.library.register_fake("gossamer::spmm_int8")
 def _(x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
+
+
+@_refuse_gradient.register_fake
+def _(grad, shape):
+    return grad.new_empty(shape)
 
 
 @torch.library.register_fake("gossamer::im2col")

@@ -6,7 +6,8 @@ machines.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,11 @@ class Packed(nn.Module):
                 f"{format.name} has the buffers {sorted(cls.BUFFERS)}, the file has {sorted(buffers)}"
             )
         for name, dtype in cls.BUFFERS.items():
-            if buffers[name].dtype != dtype:
-                raise ValueError(f"buffer {name} is {buffers[name].dtype}, {format.name} has {dtype}")
+            buffer = buffers[name]
+            if not isinstance(buffer, Tensor) or buffer.is_meta or buffer.layout != torch.strided:
+                raise ValueError(f"buffer {name} is not a dense tensor that holds data")
+            if buffer.dtype != dtype:
+                raise ValueError(f"buffer {name} is {buffer.dtype}, {format.name} has {dtype}")
         clean = {name: b.detach().cpu().contiguous() for name, b in buffers.items()}
         packed = cls(n, k, format, clean)
         packed._validate()
@@ -69,6 +73,36 @@ class Packed(nn.Module):
 
     def _validate(self) -> None:
         raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """For `load_state_dict`: all buffers or none, as little trusted as those of a file.
+
+        They may hold another number of non-zeros than those they replace.
+        """
+        names = {prefix + name: name for name in self.BUFFERS}
+        missing = [key for key in names if key not in state_dict]
+        missing_keys += missing
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in names]
+        if missing:
+            return
+        buffers = {name: state_dict[key] for key, name in names.items()}
+        try:
+            loaded = self.from_buffers(self.n, self.k, self.format, buffers)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        for name, buffer in loaded.named_buffers():
+            setattr(self, name, buffer.clone())
 
     def matmul(
         self,
@@ -115,8 +149,8 @@ class Packed(nn.Module):
 
 
 def _check_sizes(n: int, k: int) -> None:
-    if not (isinstance(n, int) and isinstance(k, int) and n >= 1 and 1 <= k):
-        raise ValueError(f"n={n}, k={k}: a weight needs at least one output and one input")
+    if not (isinstance(n, int) and isinstance(k, int) and 1 <= n < 2**31 and k >= 1):
+        raise ValueError(f"n={n}, k={k}: a weight has 1 .. 2^31 - 1 outputs and at least one input")
     if k > MAX_K:
         raise ValueError(f"k={k} overflows int32 (limit {MAX_K}): split the layer")
 
@@ -154,8 +188,10 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
     Returns:
         q (lanes, 4) int8, scale (n) float32.
     """
-    positive, negative = lanes.clamp(min=0).sum(1), lanes.clamp(max=0).sum(1).neg()
-    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative) / LANE_LIMIT)
+    # Divided first: four of the largest floats would overflow.
+    share = lanes / LANE_LIMIT
+    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
+    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
     scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
     # An output of zeros, or of denormals that a float cannot divide by: any scale does.
     scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
@@ -383,8 +419,8 @@ class PackedSparse(Packed):
 
     def unpack(self) -> Tensor:
         weight = torch.zeros(self.n, self.k)
-        weight[_entry_places(self, 1)] = self.values
-        return weight
+        # A file may list a place twice: a kernel adds what is there, and so does this.
+        return weight.index_put_(_entry_places(self, 1), self.values, accumulate=True)
 
 
 class PackedSparseInt8(Packed):

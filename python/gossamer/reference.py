@@ -1,0 +1,167 @@
+"""The specification: every stem in plain torch, written to be read, and the error bound of floats.
+
+A product here takes the weight as plain numbers (dense floats, or integers and a scale per output),
+never as a packed layout, and returns float64. What the kernels promise of it:
+
+- integers (`quantize_rows`, the int32 sums) and moved bytes (`im2col`) are equal, bit for bit;
+- floats lie within `bound`, which is computed from the operands;
+- a row that holds a NaN or an Inf gives NaN everywhere in that row, whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPS32 = 2.0**-23
+
+
+def activate(y: Tensor, activation: str) -> Tensor:
+    """activation(y) in the dtype of y; "gelu" is the exact one, by erf.
+
+    >>> activate(torch.tensor([-1.0, 2.0]), "relu")
+    tensor([0., 2.])
+    """
+    functions = {
+        "none": lambda v: v,
+        "relu": torch.relu,
+        "gelu": torch.nn.functional.gelu,
+        "silu": torch.nn.functional.silu,
+    }
+    return functions[activation](y)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q = clamp(round(x / scale) + zero, 0, 255) a row, so that x ~ (q - zero) * scale.
+
+    Every step is one float32 operation, because its bits are the contract: the same q on every CPU.
+    A row that holds a NaN or an Inf has q = 0, zero = 0 and scale = NaN.
+
+    Args:
+        x: (..., k) float32, bfloat16 or float16, k >= 1.
+
+    Returns:
+        q (..., k) uint8, scale (...) float32, zero (...) int32.
+
+    >>> quantize_rows(torch.tensor([[0.0, 255.0], [-1.0, 0.0]]))[0]
+    tensor([[  0, 255],
+            [  0, 255]], dtype=torch.uint8)
+    """
+    x = x.float()
+    finite = torch.isfinite(x).all(-1)
+    x = torch.where(finite[..., None], x, 0.0)
+    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+    scale = (high / 255 - low / 255).clamp(min=2.0**-126)
+    inverse = 1 / scale
+    zero = (-low * inverse).round()
+    q = ((x * inverse[..., None]).round() + zero[..., None]).clamp(0, 255)
+    return q.to(torch.uint8), torch.where(finite, scale, torch.nan), zero.to(torch.int32)
+
+
+def gemm_int8(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """y = act(sum((x_q - zero) * q) * x_scale * scale + bias).
+
+    The sum is exact: float64 holds every integer up to 2^53, the largest here is 255 * 127 * 65536.
+
+    Args:
+        x: (..., k) floats, quantized by `quantize_rows`.
+        q: (n, k) int8, the weight.
+        scale: (n) float32, of each output of q.
+        bias: (n) float32.
+        activation: see `activate`.
+
+    Returns:
+        (..., n) float64.
+
+    >>> gemm_int8(torch.tensor([[0.0, 255.0]]), torch.tensor([[1, 2]]), torch.ones(1))
+    tensor([[510.]], dtype=torch.float64)
+    """
+    x_q, x_scale, zero = quantize_rows(x)
+    sums = (x_q.double() - zero.double()[..., None]) @ q.double().T
+    y = sums * (x_scale.double()[..., None] * scale.double())
+    return activate(y if bias is None else y + bias.double(), activation)
+
+
+def gemm_w8(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """y = act((x @ q^T) * scale + bias), x as it is. Arguments as in `gemm_int8`."""
+    return spmm(x, q.double() * scale.double()[:, None], bias, activation)
+
+
+def spmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """y = act(x @ weight^T + bias).
+
+    Args:
+        x: (..., k) floats.
+        weight: (n, k) floats, zeros included.
+        bias: (n) float32.
+        activation: see `activate`.
+
+    Returns:
+        (..., n) float64.
+    """
+    ill = ~torch.isfinite(x).all(-1, keepdim=True)
+    y = (x.double() @ weight.double().T).masked_fill(ill, torch.nan)
+    return activate(y if bias is None else y + bias.double(), activation)
+
+
+def spmm_int8(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """`gemm_int8`: blocks that are not stored are zeros, which add nothing to an exact sum."""
+    return gemm_int8(x, q, scale, bias, activation)
+
+
+def im2col(x: Tensor, conv: list[int]) -> Tensor:
+    """rows[pixel] = (tap row, tap column, channel up to 4) of what lies under it; 0 is outside.
+
+    Args:
+        x: (images, channels, height, width).
+        conv: kernel, stride, dilation (height, width each), padding (top, bottom, left, right);
+            what follows is not read.
+
+    Returns:
+        (images * out_h * out_w, kernel_h * kernel_w * channels up to 4) in the dtype of x.
+    """
+    kh, kw, sh, sw, dh, dw, top, bottom, left, right = conv[:10]
+    x = torch.nn.functional.pad(x, (left, right, top, bottom, 0, -x.shape[1] % 4))
+    out_h = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
+    out_w = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+    taps = [
+        x[:, :, i * dh :: sh, j * dw :: sw][:, :, :out_h, :out_w]
+        for i in range(kh)
+        for j in range(kw)
+    ]
+    # (taps, images, channels, out_h, out_w) -> pixels x (taps, channels)
+    return torch.stack(taps).permute(1, 3, 4, 0, 2).reshape(-1, kh * kw * x.shape[1])
+
+
+def bound(
+    expected: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    terms: int | None = None,
+) -> Tensor:
+    """The largest |kernel - expected| that rounding can explain, (..., n) float64.
+
+    (terms + 8) * eps32 * (|x| @ |weight|^T + |bias|): each of `terms` additions, and the few steps
+    of epilogue and activation, may be off by eps32 of what it adds up. On top, one rounding to the
+    dtype of x, which is that of the result, and the underflow of a product of two scales.
+
+    Args:
+        expected: (..., n) float64, from a function above.
+        x, weight, bias: its operands; weight (n, k) float, that is q * scale.
+        terms: additions of floats; default k. 0 for integer sums, which are exact.
+    """
+    k = weight.shape[1]
+    total = x.double().abs() @ weight.double().abs().T
+    if bias is not None:
+        total = total + bias.double().abs()
+    smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
+    underflow = smallest + 2.0**-149 * 255 * 128 * k
+    steps = (k if terms is None else terms) + 8
+    return steps * EPS32 * total + torch.finfo(x.dtype).eps * expected.abs() + underflow

@@ -1,0 +1,20 @@
+"""One thread for every test that does not ask for more, and hypothesis without a clock."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+from gossamer import _C, testing
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("gossamer", deadline=None)
+hypothesis.settings.load_profile("gossamer")
+
+
+@pytest.fixture(params=_C.isas())
+def isa(request):
+    """Each instruction set of this CPU, in use while the test runs."""
+    with testing.isa(request.param):
+        yield request.param

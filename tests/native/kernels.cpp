@@ -1,0 +1,118 @@
+// kernels.cpp: the kernels without the C ABI around them: their scratch and quantized rows end at a
+// guard page too.
+
+#include "kernels.h"
+
+#include "native.h"
+
+namespace {
+
+using namespace gossamer;
+
+const Kernels* const kTables[] = {
+    &base::kernels,
+#if defined(__x86_64__)
+    &avx2::kernels,
+    &avx512vnni::kernels,
+#endif
+};
+
+bool runs_here(const Kernels& table) {
+  for (const char* const* isa = gossamer_isas(); *isa; ++isa)
+    if (std::string(*isa) == table.isa) return true;
+  return false;
+}
+
+// The first rows of a product, as many as a tile of the stem may have.
+struct Tile {
+  Product product;
+
+  Tile(const Product& p, int64_t most) : product(p) {
+    const int64_t rows = std::min(most, p.x.rows);
+    product.x.rows = rows;
+    product.x.x.resize(static_cast<size_t>(rows * p.x.k));
+    product.lines.assign(p.lines.begin(), p.lines.begin() + rows);
+  }
+};
+
+class Run {
+ public:
+  Run(const Kernels& table, const Product& whole, Side side)
+      : table_(table),
+        whole_(whole),
+        side_(side),
+        operands_(whole.weight, side),
+        bias_(whole.bias, side) {}
+
+  void all() {
+    const int64_t n = whole_.weight.n, k = whole_.weight.k;
+    const Range panels{0, ceil_div(n, kPanel)}, chunks{0, chunk_count(n)};
+    quantized(Arithmetic::kInt8, whole_.x.rows, 0,
+              [&](const QuantizedTile& x, const Destination& to, void*) {
+                table_.gemm_int8(x, operands_.int8(), panels, to);
+              });
+    quantized(Arithmetic::kSparseInt8, kSparseInt8Lanes, spmm_int8_scratch(n, k),
+              [&](const QuantizedTile& x, const Destination& to, void* scratch) {
+                table_.spmm_int8(x, operands_.sparse_int8(), chunks, to, scratch);
+              });
+    floats(Arithmetic::kWeightOnly, gemm_w8_scratch(k),
+           [&](const FloatTile& x, const Destination& to, void* scratch) {
+             table_.gemm_w8(x, operands_.int8(), panels, to, scratch);
+           });
+    floats(Arithmetic::kSparse, spmm_scratch(n, k),
+           [&](const FloatTile& x, const Destination& to, void* scratch) {
+             table_.spmm(x, operands_.sparse(), chunks, to, scratch);
+           });
+  }
+
+ private:
+  template <typename Multiply>
+  void quantized(Arithmetic arithmetic, int64_t most, int64_t scratch_bytes, Multiply multiply) {
+    const Product p = Tile(whole_, most).product;
+    const int64_t stride = round_up(p.weight.k, kStep);
+    const Guarded<char> x(p.encoded_x(), side_);
+    Guarded<uint8_t> q(p.x.rows * stride, side_);
+    Guarded<float> scale(p.x.rows, side_);
+    Guarded<int32_t> zero(p.x.rows, side_);
+    table_.quantize_rows({x.data(), p.x.k + p.gap, p.dtype, p.x.rows}, p.weight.k, q.data(), stride,
+                         scale.data(), zero.data());
+    const Guarded<uint8_t> read_only(q.values(), side_);
+    finish(p, arithmetic, scratch_bytes, [&](const Destination& to, void* scratch) {
+      multiply(QuantizedTile{read_only.data(), stride, scale.data(), zero.data(), p.x.rows}, to,
+               scratch);
+    });
+  }
+
+  template <typename Multiply>
+  void floats(Arithmetic arithmetic, int64_t scratch_bytes, Multiply multiply) {
+    const Product p = Tile(whole_, kMaxLanes).product;
+    const Guarded<char> x(p.encoded_x(), side_);
+    finish(p, arithmetic, scratch_bytes, [&](const Destination& to, void* scratch) {
+      multiply(FloatTile{x.data(), p.x.k + p.gap, p.dtype, p.x.rows}, to, scratch);
+    });
+  }
+
+  template <typename Multiply>
+  void finish(const Product& p, Arithmetic arithmetic, int64_t scratch_bytes, Multiply multiply) {
+    Guarded<char> scratch(scratch_bytes, side_), y(p.y_extent() * size_of(p.dtype), side_);
+    multiply(Destination{y.data(), p.weight.n + p.gap, p.dtype, bias_.data(), p.activation},
+             scratch.data());
+    compare(p, p.reference(arithmetic), y.values(),
+            std::string(table_.isa) + ", kernel of product " + std::to_string(int(arithmetic)));
+  }
+
+  const Kernels& table_;
+  const Product& whole_;
+  Side side_;
+  Operands operands_;
+  Guarded<float> bias_;
+};
+
+}  // namespace
+
+void check_kernels(const Product& product) {
+  if (product.x.rows == 0) return;  // the C ABI calls no kernel
+  for (const Kernels* table : kTables)
+    for (const Side side : kSides)
+      if (runs_here(*table)) Run(*table, product, side).all();
+}

@@ -1,0 +1,60 @@
+"""The multiplying stems as tests call them: packed once a case, and what the reference says."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gossamer import reference, testing
+from gossamer.packed import Packed, pack
+from gossamer.testing import Case
+
+STEMS = tuple(testing.FORMATS)
+INT8_STEMS = ("gemm_int8", "spmm_int8")
+
+
+@cache
+def packed_case(stem: str, case: Case) -> Packed:
+    return pack(case.weight(), testing.FORMATS[stem])
+
+
+def integers(packed: Packed) -> Tensor:
+    """The int8 weight (n, k) behind `unpack`, as float."""
+    return (packed.unpack() / packed.scale[:, None]).round()
+
+
+def expected(
+    packed: Packed, x: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """The reference's result for a packed weight, and how far a kernel may be from it."""
+    weight = packed.unpack()
+    product = getattr(reference, packed.kernel)
+    if packed.kernel == "spmm":
+        y = product(x, weight, bias, activation)
+    else:
+        y = product(x, integers(packed), packed.scale, bias, activation)
+    terms = 0 if packed.kernel in INT8_STEMS else None
+    return y, reference.bound(y, x, weight, bias, terms)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal dtype, shape and bits, but for the payload of a NaN."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    word = torch.int32 if a.dtype == torch.float32 else torch.int16
+    a, b = (torch.where(t.isnan(), 0.0, t).contiguous().view(word) for t in (a, b))
+    return torch.equal(a, b)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

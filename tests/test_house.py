@@ -1,0 +1,335 @@
+"""The taste, executable: what CONTRIBUTING.md says of the tree, checked over every file of it."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builds import ROOT, output, tool
+from house import (
+    bare_cpp,
+    cpp_functions,
+    files,
+    python_functions,
+    read,
+    text_files,
+    tree,
+    under,
+)
+
+import gossamer
+from gossamer import ops, reference, testing
+
+PACKAGE = Path("python/gossamer")
+CPP = under("csrc", ".cpp", ".h") + under("tests", ".cpp", ".h")
+PYTHON = [path for path in files() if path.suffix == ".py"]
+MODULES = [path for path in PYTHON if path.is_relative_to(PACKAGE)]
+STEMS = sorted(path.stem for path in under("csrc/kernels", ".cpp") if path.stem != "table")
+
+
+def listed(found: list[str]) -> str:
+    return "\n".join(found)
+
+
+# --- Who may include, import or name what ---------------------------------------------------------
+
+PLAIN_C = {"<math.h>", "<stdint.h>", "<string.h>"}
+# Arrows point one way: simd <- kernels <- isa <- the C ABI <- torch, Python.
+INCLUDES = {
+    "csrc/simd": {*PLAIN_C, "<immintrin.h>", "<arm_neon.h>", '"layout.h"'},
+    "csrc/kernels": {*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"lanes.h"', "GOSSAMER_SIMD"},
+    "csrc/include": {"<stdint.h>"},
+    "csrc/torch": {'"include/gossamer.h"', '"torch/shim.h"'},
+    "csrc/python": {'"gossamer.h"', "<pybind11/pybind11.h>", "<pybind11/stl.h>"},
+}
+
+
+@pytest.mark.parametrize("folder", INCLUDES)
+def test_includes_point_one_way(folder: str) -> None:
+    wrong = []
+    for path in under(folder, ".cpp", ".h"):
+        for name in re.findall(r"^\s*#\s*include\s+(\S+)", read(path), re.MULTILINE):
+            # A standard header without a dot is C++'s: fine where code is compiled once.
+            standard = re.fullmatch(r"<(\w+|std(int|def)\.h)>", name)
+            allowed = standard and folder in ("csrc/torch", "csrc/python")
+            if name not in INCLUDES[folder] and not allowed:
+                wrong.append(f"{path} includes {name}")
+    assert not wrong, listed(wrong)
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern", "home"),
+    [
+        ("intrinsics", r"\b(_mm\d*_\w+|__m\d+\w*|v\w+q_[fsu]\d+)\b|mmintrin|arm_neon", "csrc/simd"),
+        ("torch", r"\b(Aten|AOTI|aoti_torch_|torch_|c10::|at::)\w*|<torch/|<ATen/", "csrc/torch"),
+        ("Python", r"\b(pybind11|Py[A-Z]\w+)|Python\.h", "csrc/python"),
+    ],
+)
+def test_one_folder_knows(what: str, pattern: str, home: str) -> None:
+    found = [
+        f"{path} names {match[0]}, but only {home} knows {what}"
+        for path in under("csrc", ".cpp", ".h")
+        if not path.is_relative_to(home)
+        for match in [re.search(pattern, read(path) if "<" in pattern else bare_cpp(path))]
+        if match
+    ]
+    assert not found, listed(found)
+
+
+def test_kernels_use_nothing_that_every_isa_would_instantiate() -> None:
+    banned = re.compile(r"\bstd::|\bthrow\b|\btry\b|\bnew\b|\bdelete\b|\bmalloc\b|\bthread_local\b")
+    found = [
+        f"{path}: {match[0]}"
+        for path in under("csrc/kernels") + under("csrc/simd")
+        for match in banned.finditer(bare_cpp(path))
+    ]
+    assert not found, listed(found)
+
+
+# Each module imports from those before it only; what is not listed may be imported by any.
+ORDER = (
+    ("formats", "ops"),
+    ("packed",),
+    ("layers",),
+    ("compress",),
+    ("prune", "distill", "checkpoint"),
+    ("compare",),
+    ("bench",),
+    ("demo",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the package's modules that a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.removeprefix("gossamer.") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("gossamer", None):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (
+            node.level or "gossamer." in (node.module or "")
+        ):
+            names.add((node.module or "").removeprefix("gossamer."))
+    return names
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        f"{path} imports {name}, which stands above it"
+        for path in MODULES
+        if path.stem in RANK
+        for name in sorted(imported(path))
+        if RANK.get(name, -1) >= RANK[path.stem] and name != path.stem
+    ]
+    assert not wrong, listed(wrong)
+
+
+def test_only_ops_names_the_operators() -> None:
+    found = [
+        str(path)
+        for path in [*MODULES, *under("bench"), *under("examples")]
+        if path != PACKAGE / "ops.py" and "torch.ops.gossamer" in read(path)
+    ]
+    assert not found, f"call gossamer.ops instead, in {listed(found)}"
+
+
+def test_only_packed_knows_layouts() -> None:
+    # Buffers and index functions that are called so nowhere else; ops hands them through by name.
+    layout = {"panels", "wsum", "block_columns", "chunk_rows", "cell_count", "check_index"}
+    found = []
+    for path in [*MODULES, *under("examples", ".py")]:
+        if path.stem in ("packed", "ops") and path.parent == PACKAGE:
+            continue
+        for node in ast.walk(tree(path)):
+            name = getattr(node, "id", None) or getattr(node, "attr", None)
+            name = node.value if isinstance(node, ast.Constant) else name
+            if isinstance(name, str) and name in layout:
+                found.append(f"{path}:{node.lineno} names {name}")
+    assert not found, listed(found)
+
+
+# --- Sizes and names ------------------------------------------------------------------------------
+
+
+def test_files_are_short() -> None:
+    code = [path for path in text_files() if path.suffix != ".md"]
+    limits = {p: 300 if p.is_relative_to("csrc/kernels") else 400 for p in code}
+    lengths = {path: len(read(path).splitlines()) for path in code}
+    found = [f"{p} has {n} lines, the limit is {limits[p]}" for p, n in lengths.items()]
+    assert all(lengths[p] <= limits[p] for p in code), listed(
+        [line for line, p in zip(found, code, strict=True) if lengths[p] > limits[p]]
+    )
+
+
+def test_functions_are_short() -> None:
+    found = [
+        f"{path}:{function.line}: {function.name} has {function.length} lines, the limit is 60"
+        for path in PYTHON + CPP
+        for function in (python_functions if path.suffix == ".py" else cpp_functions)(path)
+        if function.length > 60
+    ]
+    assert not found, listed(found)
+
+
+def test_the_brace_scan_sees_functions() -> None:
+    names = {f.name: f.length for f in cpp_functions(Path("csrc/kernels/spmm.cpp"))}
+    assert {"outputs", "cell", "chunks_of", "spmm"} <= names.keys()
+    assert names["spmm"] > 20
+    assert {"Tensor", "gemm"} <= {f.name for f in cpp_functions(Path("csrc/torch/ops.cpp"))}
+
+
+BANNED = re.compile(r"^(utils?|helpers?|common|misc|manager|impl2)$")
+
+
+def words(name: str) -> list[str]:
+    """The parts of snake_case and CamelCase."""
+    return re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])", name)
+
+
+def defined_names(path: Path) -> set[str]:
+    names = {path.stem}
+    if path.suffix == ".py":
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.arg):
+                names.add(node.arg)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    elif path.suffix in (".cpp", ".h"):
+        names |= set(re.findall(r"\b[A-Za-z_]\w+\b", bare_cpp(path)))
+    return names
+
+
+def test_names_say_something() -> None:
+    found = [
+        f"{path}: {name}"
+        for path in files()
+        for name in sorted(defined_names(path))
+        if name.startswith("new_") or any(BANNED.match(word.lower()) for word in words(name))
+    ]
+    assert not found, listed(found)
+
+
+# --- One stem, five places; the public names ------------------------------------------------------
+
+# triton/<stem>.py is the fifth; it comes with the issue that brings the GPU kernels.
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_a_stem_is_in_its_places(stem: str) -> None:
+    assert callable(getattr(ops, stem))
+    assert callable(getattr(reference, stem))
+    assert testing.CASES[stem]
+    assert re.search(rf"\* {stem};", read(Path("csrc/kernels.h")))
+    assert re.search(rf'{{"{stem}",\s+"{stem}\(', read(Path("csrc/torch/ops.cpp")))
+    assert f"gossamer_{stem}(" in read(Path("csrc/include/gossamer.h"))
+    assert f"csrc/kernels/{stem}.cpp" in read(Path("CMakeLists.txt"))
+    assert read(Path(f"csrc/kernels/{stem}.cpp")).startswith(f"// {stem}: ")
+
+
+def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
+    operators = re.findall(r'^ *\{"(\w+)",\s+"', read(Path("csrc/torch/ops.cpp")), re.MULTILINE)
+    assert sorted(testing.CASES) == sorted(operators) == STEMS
+
+
+PUBLIC = [
+    *("Conv2d", "Cubic", "Distiller", "Int8", "KD", "Linear", "Pruner", "Report", "Sparse"),
+    *("SparseInt8", "SquareHead", "compare", "compress_", "isa", "load_", "prune_", "save"),
+]
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(gossamer.__all__) == PUBLIC
+    assert all(hasattr(gossamer, name) for name in gossamer.__all__)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_public_functions_are_documented_and_typed(path: Path) -> None:
+    module = importlib.import_module(f"gossamer.{path.stem}".removesuffix(".__init__"))
+    assert module.__doc__, f"{path} says nothing about itself"
+    found = []
+    for name, member in vars(module).items():
+        if name.startswith("_") or getattr(member, "__module__", None) != module.__name__:
+            continue
+        # getdoc inherits: a method may leave the word to the class it comes from.
+        inside = vars(member).items() if inspect.isclass(member) else ()
+        methods = [
+            (f"{name}.{key}", getattr(member, key))
+            for key, value in inside
+            if not key.startswith("_") and (callable(value) or isinstance(value, property))
+        ]
+        found += [
+            f"{path}: {n} has no docstring"
+            for n, m in [(name, member), *methods]
+            if (callable(m) or isinstance(m, property)) and not inspect.getdoc(m)
+        ]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            bare = [a.arg for a in arguments if not a.annotation and a.arg not in ("self", "cls")]
+            if bare or not node.returns:
+                found.append(f"{path}:{node.lineno}: {node.name} lacks types: {bare or 'result'}")
+    assert not found, listed(found)
+
+
+# --- What is written ------------------------------------------------------------------------------
+
+
+def test_paths_that_are_named_exist() -> None:
+    folders = sorted({path.parts[0] for path in files() if len(path.parts) > 1} - {".hypothesis"})
+    pattern = rf"(?<![\w/.<>*-])(?:{'|'.join(map(re.escape, folders))})/[\w./*<>-]*\w"
+    found = []
+    for path in text_files():
+        text = read(path)
+        names = {m[0] for m in re.finditer(pattern, text) if not re.search(r"[*<>]", m[0])}
+        links = set()
+        if path.suffix == ".md":
+            links = {link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link}
+        found += [f"{path} names {name}" for name in sorted(names) if not (ROOT / name).exists()]
+        found += [
+            f"{path} links {link}"
+            for link in sorted(links)
+            if not (ROOT / path.parent / link).exists()
+        ]
+    assert not found, listed(found)
+
+
+def test_nothing_depends_on_one_machine() -> None:
+    machine = r"(?<![\w.:/~-])/(?:home|root|work|tmp|opt|mnt|Users|usr/local|var)/\w+"
+    hosts = r"\b(?:pypi|pythonhosted|pytorch|debian|npmjs)\.(?:org|com)/|--(?:extra-)?index-url"
+    found = [
+        f"{path}: {match[0]}"
+        for path in text_files()
+        if path.name != Path(__file__).name
+        for match in re.finditer(f"{machine}|{hosts}", read(path))
+    ]
+    assert not found, listed(found)
+
+
+# --- Tools, pinned in pyproject.toml --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["ruff check --output-format concise", "ruff format --check --output-format concise", "mypy"],
+)
+def test_python_is_clean(command: str) -> None:
+    output(sys.executable, "-m", *command.split(), cwd=ROOT)
+
+
+def test_cpp_is_formatted() -> None:
+    command = [tool("clang-format"), "--dry-run", "-Werror", *map(str, CPP)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    wrong = sorted(set(re.findall(r"^([^:\s]+):\d+:\d+: error", done.stderr, re.MULTILINE)))
+    assert not wrong, f"run clang-format -i on {' '.join(wrong)}"
+    assert done.returncode == 0, done.stderr
