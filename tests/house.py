@@ -74,6 +74,11 @@ def bare_cpp(path: Path) -> str:
     return _NOISE.sub(lambda match: "\n" * match[0].count("\n"), read(path))
 
 
+def includes(path: Path) -> list[str]:
+    """What a file includes, with its quotes or angle brackets, or the macro that stands for it."""
+    return re.findall(r"^\s*#\s*include\s+(\S+)", read(path), re.MULTILINE)
+
+
 def cpp_functions(path: Path) -> Iterator[Function]:
     """Function bodies: the outermost braces that follow a parenthesis, however they end.
 

@@ -13,9 +13,13 @@ from builds import ROOT
 
 import gossamer
 
-# The modules that a user calls or reads. cli parses arguments: its example is the command.
 MODULES = [
-    name for _, name, _ in pkgutil.iter_modules(gossamer.__path__) if not name.startswith("_")
+    "gossamer",
+    *(
+        name
+        for _, name, _ in pkgutil.walk_packages(gossamer.__path__, "gossamer.")
+        if not name.startswith("gossamer._")
+    ),
 ]
 
 
@@ -34,8 +38,8 @@ def test_page(page: str) -> None:
     assert run(doctest.DocTestParser().get_doctest(text, {}, Path(page).name, page, 0)) > 20
 
 
-@pytest.mark.parametrize("name", ["", *MODULES])
+@pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
-    module = importlib.import_module(f"gossamer.{name}".removesuffix("."))
+    module = importlib.import_module(name)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module):
         run(test)

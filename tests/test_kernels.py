@@ -276,7 +276,8 @@ def test_every_float_is_rounded_to_16_bits_as_torch_rounds_it(isa: str, dtype: t
     middles = ((wide[1:] + wide[:-1]) / 2).float()
     up, down = (torch.nextafter(middles, torch.tensor(end)) for end in (torch.inf, -torch.inf))
     edges = torch.tensor([65519.0, 65519.996, 65520.0, 65536.0, 1e38, 3.4e38, torch.inf, torch.nan])
-    floats = torch.cat([wide.float(), middles, up, down, edges, -edges])
+    payloads = torch.tensor([0x7FFFFFFF, 0x7F800001, -1]).int().view(torch.float32)  # NaN, all
+    floats = torch.cat([wide.float(), middles, up, down, edges, -edges, payloads])
     n = len(floats)
     packed = pack(torch.zeros(n, 1), testing.FORMATS["spmm"])
     y = packed.matmul(torch.zeros(1, 1, dtype=dtype), floats)[0]

@@ -133,10 +133,23 @@ def test_wrong_weights_and_numbers(stem: str) -> None:
         bad[place] = value
         with pytest.raises(RuntimeError, match=message):
             op(*bad)
-    wide = list(good)
-    wide[0], wide[k] = torch.zeros(1, 65537), 65537
-    with pytest.raises(RuntimeError, match=r"k=65537"):
-        op(*wide)
+
+
+def test_k_has_a_limit() -> None:
+    k, x = 65537, torch.zeros(1, 65537)
+    panels, scale = torch.zeros(1, 65544 // 4, 16, 4, dtype=torch.int8), torch.ones(1)
+    sums, entries = torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.uint8)
+    rows = torch.zeros(0, 2, dtype=torch.uint16)
+    cells = {unit: torch.zeros(_C.cell_count(1, k, unit) + 1, 2).int() for unit in (1, 4)}
+    calls = {
+        "gemm_int8": (x, panels, scale, sums, None, k),
+        "gemm_w8": (x, panels, scale, None, k),
+        "spmm": (x, torch.zeros(0), entries, rows, cells[1], 1, None, k),
+        "spmm_int8": (x, entries.view(0, 1).char(), entries, rows, cells[4], scale, sums, None, k),
+    }
+    for stem, call in calls.items():
+        with pytest.raises(RuntimeError, match=r"k=65537 overflows int32 .limit 65536.: split"):
+            operator_of(stem)(*call, 0, None)
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -296,9 +309,11 @@ for call in (gs.isa, lambda: ops.quantize_rows(torch.zeros(1, 8)), lambda: ops.i
     except Exception as error:
         print(type(error).__name__, error)
 """
-    lines = run_python(code, name).splitlines()
-    names = ", ".join(_C.isas())
-    sentence = f"GOSSAMER_ISA={name} names no instruction set that this CPU has: use one of {names}"
+    lines = run_python(code, "avx9000").splitlines()
+    sentence = (
+        "GOSSAMER_ISA=avx9000 names no instruction set that this CPU has: "
+        f"use one of {', '.join(_C.isas())}"
+    )
     assert lines[0] == f"ValueError {sentence}"
     assert lines[1] == lines[2] == f"RuntimeError gossamer: {sentence}"
 

@@ -28,7 +28,6 @@ static inline __m256i first(int count) {
 }
 
 // --- Memory
-// -----------------------------------------------------------------------------------------------
 static inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static inline F32 load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -104,7 +103,6 @@ static inline void prefetch(const void* p) {
 }
 
 // --- Arithmetic
-// -------------------------------------------------------------------------------------------
 static inline F32 set(float x) { return {_mm256_set1_ps(x)}; }
 static inline I32 set(int32_t x) { return {_mm256_set1_epi32(x)}; }
 static inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -135,7 +133,6 @@ static inline I32 signed_byte(I32 a) {
 }
 
 // --- Across lanes
-// -----------------------------------------------------------------------------------------
 static inline float reduce_max(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
@@ -172,8 +169,7 @@ static inline void transpose(I32 (&r)[kLanes]) {
   }
 }
 
-// --- The int8 dot: 4 instructions for 64 products (vpmaddubsw x2, vpaddw, vpmaddwd, then vpaddd)
-// -----------
+// The int8 dot: 4 instructions for 64 products (vpmaddubsw x2, vpaddw, vpmaddwd, then vpaddd).
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   const __m256i pairs =
       _mm256_add_epi16(_mm256_maddubs_epi16(x0.v, w0.v), _mm256_maddubs_epi16(x1.v, w1.v));

@@ -72,8 +72,7 @@ static inline void narrow(float x, Float16* y) {
   }
 }
 
-// --- Memory: T is float, BFloat16 or Float16; `count` < kLanes reads or writes only the first
-// lanes. --------
+// Memory: T is float, BFloat16 or Float16; `count` < kLanes reads or writes only the first lanes.
 template <typename T>
 static inline F32 load(const T* p) {
   return each<F32>([&](int i) { return widen(p[i]); });
@@ -116,7 +115,6 @@ static inline I32 set_word(const void* p) {
 static inline void prefetch(const void*) {}
 
 // --- Arithmetic
-// -------------------------------------------------------------------------------------------
 static inline F32 set(float x) {
   return each<F32>([&](int) { return x; });
 }
@@ -187,7 +185,6 @@ static inline I32 signed_byte(I32 a) {
 }
 
 // --- Across lanes
-// -----------------------------------------------------------------------------------------
 static inline float reduce_max(F32 a) {
   float r = a.v[0];
   for (int i = 1; i < kLanes; ++i) r = a.v[i] > r ? a.v[i] : r;
@@ -225,11 +222,9 @@ static inline I32 as_i32(F32 a) {
   return r;
 }
 
-// --- The int8 dot
-// ----------------------------------------------------------------------------------------- sum +
-// x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that the products of
-// bytes (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas without a 4-way
-// dot add them there.
+// The int8 dot: sum + x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that
+// the products of bytes (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas
+// without a 4-way dot add them there.
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return each<I32>([&](int i) {
     int32_t s = sum.v[i];

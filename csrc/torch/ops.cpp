@@ -6,146 +6,19 @@
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
 // instead of channels_last.
 
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "include/gossamer.h"
-#include "torch/shim.h"
+#include "torch/tensor.h"
 
 namespace {
 
-constexpr uint64_t kTorch210 = uint64_t{2} << 56 | uint64_t{10} << 48;
+using namespace gossamer;
 
-[[noreturn]] void fail(const std::string& message) {
-  throw std::runtime_error("gossamer: " + message);
-}
-void require(AOTITorchError status, const char* what) {
-  if (status != 0) fail(std::string(what) + " failed inside torch");
-}
 void require_gossamer(int status) {
   if (status != GOSSAMER_OK) fail(gossamer_error());
 }
-
-// A tensor that torch lent for one call: sizes and pointers read once.
-class Tensor {
- public:
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
-    require(aoti_torch_get_dim(handle, &dim), "get_dim");
-    require(aoti_torch_get_sizes(handle, &sizes), "get_sizes");
-    require(aoti_torch_get_strides(handle, &strides), "get_strides");
-    require(aoti_torch_get_dtype(handle, &dtype), "get_dtype");
-    require(aoti_torch_get_data_ptr(handle, &data), "get_data_ptr");
-  }
-  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                      int32_t dtype) {
-    AtenTensorHandle handle = nullptr;
-    require(
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                 dtype, aoti_torch_device_type_cpu(), 0, &handle),
-        "empty_strided");
-    return Tensor(handle);
-  }
-  Tensor(Tensor&& other) noexcept { *this = static_cast<Tensor&&>(other); }
-  Tensor& operator=(Tensor&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    dim = other.dim, sizes = other.sizes, strides = other.strides, dtype = other.dtype,
-    data = other.data;
-    return *this;
-  }
-  ~Tensor() {
-    if (handle_) aoti_torch_delete_tensor_object(handle_);
-  }
-
-  StableIValue release() {
-    const StableIValue value = reinterpret_cast<StableIValue>(handle_);
-    handle_ = nullptr;
-    return value;
-  }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int64_t i = 0; i < dim; ++i) n *= sizes[i];
-    return n;
-  }
-  bool contiguous() const {
-    int64_t expected = 1;
-    for (int64_t i = dim - 1; i >= 0; --i) {
-      if (sizes[i] != 1 && strides[i] != expected) return false;
-      expected *= sizes[i];
-    }
-    return true;
-  }
-  std::string shape() const {
-    std::string text = "(";
-    for (int64_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-    return text + ")";
-  }
-
-  int64_t dim = 0;
-  int64_t *sizes = nullptr, *strides = nullptr;
-  int32_t dtype = 0;
-  void* data = nullptr;
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
-
-// Reads the arguments of one call off torch's stack, in order. What it takes it owns.
-class Arguments {
- public:
-  explicit Arguments(StableIValue* stack) : next_(stack) {}
-
-  int64_t integer() { return static_cast<int64_t>(*next_++); }
-  Tensor tensor() { return Tensor(reinterpret_cast<AtenTensorHandle>(*next_++)); }
-  Tensor weight(const char* name, int32_t dtype, int64_t count) {
-    Tensor t = tensor();
-    if (t.dtype != dtype || !t.contiguous() || (count >= 0 && t.numel() != count)) {
-      fail(std::string(name) + " of shape " + t.shape() + " is not the contiguous buffer of " +
-           (count >= 0 ? std::to_string(count) + " elements " : "") +
-           "and of the dtype that packing makes");
-    }
-    return t;
-  }
-  // An optional is null or a box on the heap that its reader frees.
-  std::vector<Tensor> optional_bias(int64_t n) {
-    std::vector<Tensor> bias;
-    if (auto* box = reinterpret_cast<StableIValue*>(*next_++)) {
-      bias.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
-      delete box;
-      const Tensor& b = bias[0];
-      if (b.dtype != aoti_torch_dtype_float32() || b.dim != 1 || b.sizes[0] != n ||
-          !b.contiguous()) {
-        fail("bias of shape " + b.shape() + " must be float32 and of shape (" + std::to_string(n) +
-             ",)");
-      }
-    }
-    return bias;
-  }
-  std::vector<int64_t> optional_integers() {
-    std::vector<int64_t> values;
-    if (auto* box = reinterpret_cast<StableIValue*>(*next_++)) {
-      values = list(reinterpret_cast<StableListHandle>(*box));
-      delete box;
-    }
-    return values;
-  }
-  std::vector<int64_t> integers() { return list(reinterpret_cast<StableListHandle>(*next_++)); }
-
- private:
-  static std::vector<int64_t> list(StableListHandle handle) {
-    size_t size = 0;
-    std::vector<int64_t> values;
-    require(torch_list_size(handle, &size), "list_size");
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item = 0;
-      require(torch_list_get_item(handle, i, &item), "list_get_item");
-      values.push_back(static_cast<int64_t>(item));
-    }
-    require(torch_delete_list(handle), "delete_list");
-    return values;
-  }
-  StableIValue* next_;
-};
 
 gossamer_dtype float_dtype(const Tensor& x) {
   if (x.dtype == aoti_torch_dtype_float32()) return GOSSAMER_FLOAT32;

@@ -8,7 +8,7 @@ metadata has one entry, "gossamer", with this JSON:
     aliases   {name: name}                                names of tensors that are stored once
     crc32     {name: int}                                 of a tensor's type, shape and bytes
 
-The checksums find damage. They are no defence against a hostile file: that is `packed.py`, which
+The checksums find damage. They are no defence against a hostile file: that is `packed/`, which
 checks every index before a kernel sees it.
 """
 
@@ -41,6 +41,7 @@ class Content:
     aliases: dict[str, str]
 
     def names(self) -> set[str]:
+        """Names of all tensors, aliases included."""
         return self.tensors.keys() | self.aliases.keys()
 
     def stored(self, name: str) -> str:

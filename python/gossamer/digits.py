@@ -13,6 +13,15 @@ from .timing import eval_mode
 TEST_IMAGES = 360
 
 
+def max_pool(x: Tensor) -> Tensor:
+    """The maximum of each 2x2 pixels: (b, c, h, w) -> (b, c, h / 2, w / 2).
+
+    F.max_pool2d also keeps track of where each maximum was, and takes twice the time.
+    """
+    rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
+
+
 class TextbookCNN(nn.Module):
     """Two 3x3 convolutions and two linear layers, 545,098 parameters: (b, 3, 32, 32) -> (b, 10)."""
 
@@ -24,12 +33,12 @@ class TextbookCNN(nn.Module):
         self.fc2 = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch pools ten times as fast in channels_last, which makes the dense model three times
-        # as fast: the comparison is with torch at its best.
+        # torch's layers are faster in channels_last, also the dense ones, and with max_pool: the
+        # dense model takes a third of the time it would take by the book.
         x = x.contiguous(memory_format=torch.channels_last)
         # ReLU after the pooling is the same function, on a quarter of the numbers.
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))
-        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        x = F.relu(max_pool(self.conv1(x)))
+        x = F.relu(max_pool(self.conv2(x)))
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 

@@ -31,9 +31,9 @@ class Int8(Format):
     """y = x @ w^T with int8 weights, a scale per output channel.
 
     Args:
-        activations: "dynamic" quantizes x to 8 bits a row (a convolution: an image) as it comes, and
-            multiplies integers; "none" keeps x in floats ("weight-only"), which is closer to fp32 and
-            pays off where the weight, not the arithmetic, is what is waited for: a few rows.
+        activations: "dynamic" quantizes x to 8 bits a row (a convolution: an image) as it comes
+            and multiplies integers; "none" keeps x in floats ("weight-only"), which is closer to
+            fp32 and pays off where the weight, not the arithmetic, is waited for: a few rows.
 
     Raises:
         ValueError: for any other `activations`.

@@ -1,4 +1,4 @@
-"""Layers with packed weights: geometry, bias, activation and one `Packed`; they know no format by name."""
+"""Layers with packed weights: geometry, bias, activation and one `Packed`, of whatever format."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _Layer(nn.Module):
         self._activation = ops.activation_index(activation)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # .half(), .bfloat16() and .double() convert a model's floats. Packed buffers keep their dtypes: kernels
-        # take inputs of any float dtype as they are.
+        # .half(), .bfloat16() and .double() convert a model's floats. Packed buffers keep their
+        # dtypes: kernels take inputs of any float dtype as they are.
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor
@@ -63,18 +63,24 @@ class Linear(_Layer):
     torch.Size([2, 4])
     """
 
-    def __init__(self, packed: Packed, bias: Tensor | None = None, activation: str = "none") -> None:
+    def __init__(
+        self, packed: Packed, bias: Tensor | None = None, activation: str = "none"
+    ) -> None:
         super().__init__(packed, bias, activation)
         self.in_features, self.out_features = packed.k, packed.n
 
     @classmethod
     def from_dense(
-        cls, module: nn.Linear, format: Format, packed: Packed | None = None, activation: str = "none"
+        cls,
+        module: nn.Linear,
+        format: Format,
+        packed: Packed | None = None,
+        activation: str = "none",
     ) -> Linear:
         """Packs a dense layer; `packed` reuses a weight that was packed before (a shared one).
 
         Raises:
-            ValueError: if `packed` has another shape than the layer's weight, or as `gossamer.packed.pack`.
+            ValueError: if `packed` has another shape than the layer's weight, or as `pack`.
         """
         packed = packed or pack(module.weight, format)
         if (packed.n, packed.k) != (module.out_features, module.in_features):
@@ -87,7 +93,8 @@ class Linear(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 0 or x.size(-1) != self.in_features:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}: its last dimension must be in_features={self.in_features}"
+                f"x has shape {tuple(x.shape)}: its last dimension must be "
+                f"in_features={self.in_features}"
             )
         modules, buffers = self._modules, self._buffers
         return modules["packed"].multiply(x, buffers["bias"], self._activation, None)  # type: ignore[union-attr,operator]
@@ -130,17 +137,18 @@ def _fill(dense: nn.Linear | nn.Conv2d, layer: Linear | Conv2d) -> None:
 class Conv2d(_Layer):
     """y = activation(conv2d(x, w) + bias), a drop-in for `nn.Conv2d` with groups=1 at inference.
 
-    The weight is packed as a matrix (out_channels, kernel_h * kernel_w * channels up to 4), channels innermost,
-    so that a block of four inputs is four channels at one tap.
+    The weight is packed as a matrix (out_channels, kernel_h * kernel_w * channels up to 4),
+    channels innermost, so that a block of four inputs is four channels at one tap.
 
     Args:
         packed: that matrix.
         bias: (out_channels) float, or None.
-        in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in `nn.Conv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in
+            `nn.Conv2d`.
         activation: "none", "relu", "gelu" or "silu", fused into the kernel.
 
-    Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last, float32, bfloat16
-    or float16; the result has the same dtype and memory format.
+    Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
+    float32, bfloat16 or float16; the result has the same dtype and memory format.
 
     Raises:
         ValueError: if sizes do not fit each other, or the padded input is smaller than the kernel.
@@ -163,10 +171,13 @@ class Conv2d(_Layer):
         columns = kernel_size[0] * kernel_size[1] * -(-in_channels // 4) * 4
         if (packed.n, packed.k) != (out_channels, columns):
             raise ValueError(
-                f"the packed weight is {packed.n} x {packed.k}, this convolution needs {out_channels} x {columns}"
+                f"the packed weight is {packed.n} x {packed.k}, this convolution needs "
+                f"{out_channels} x {columns}"
             )
         if padding_mode not in _PAD_MODES:
-            raise ValueError(f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}")
+            raise ValueError(
+                f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}"
+            )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
@@ -178,9 +189,13 @@ class Conv2d(_Layer):
 
     @classmethod
     def from_dense(
-        cls, module: nn.Conv2d, format: Format, packed: Packed | None = None, activation: str = "none"
+        cls,
+        module: nn.Conv2d,
+        format: Format,
+        packed: Packed | None = None,
+        activation: str = "none",
     ) -> Conv2d:
-        """Packs a dense convolution; `packed` reuses a weight that was packed before (a shared one).
+        """Packs a dense convolution; `packed` reuses a weight packed before (a shared one).
 
         Raises:
             ValueError: if `unsupported(module)` has a reason.
@@ -227,12 +242,12 @@ class Conv2d(_Layer):
             )
 
     def unpack(self) -> Tensor:
-        """The weight that is really used, (out_channels, in_channels, kernel_h, kernel_w) float32."""
+        """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""
         taps = self.packed.unpack().reshape(self.out_channels, *self.kernel_size, -1)
         return taps[..., : self.in_channels].permute(0, 3, 1, 2).contiguous()
 
     def to_dense(self) -> nn.Conv2d:
-        """A dense convolution with the weight that is really used. The activation is not part of it."""
+        """A dense convolution with the weight that is really used, without the activation."""
         dense = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -262,10 +277,17 @@ class Conv2d(_Layer):
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.geometry().items() if name != "kind")
+        return ", ".join(
+            f"{name}={value}" for name, value in self.geometry().items() if name != "kind"
+        )
 
 
-_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+_PAD_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -291,7 +313,7 @@ def _padding_sides(
 
 
 def conv_matrix(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, zeros in the channels added."""
+    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
     taps = weight.detach().permute(0, 2, 3, 1)
     return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
 

@@ -1,4 +1,4 @@
-"""The operators, as functions that choose by device; the one file that names `torch.ops.gossamer`."""
+"""The operators, as functions that choose by device; only this file names `torch.ops.gossamer`."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _refuse(x: Tensor) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}: use float32, bfloat16 or float16")
     raise RuntimeError(
-        f"x is on {x.device}, but this layer was packed for the CPU: move x with x.cpu(), or keep the "
-        "dense model on that device"
+        f"x is on {x.device}, but this layer was packed for the CPU: move x with x.cpu(), or keep "
+        "the dense model on that device"
     )
 
 
@@ -106,7 +106,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x: (..., k) float32, bfloat16 or float16.
 
     Returns:
-        q (..., k) uint8; scale (...) float32, NaN for a row that holds NaN or Inf; zero (...) int32.
+        q (..., k) uint8; scale (...) float32, NaN for a row with NaN or Inf; zero (...) int32.
     """
     return _quantize_rows(_prepare(x, None).detach())
 
@@ -194,7 +194,7 @@ def im2col(x: Tensor, conv: list[int]) -> Tensor:
     return _im2col(_prepare(x, conv).detach(), conv)
 
 
-# --- Shapes without data, for torch.compile and torch.export -------------------------------------
+# Shapes without data, for torch.compile and torch.export.
 
 
 def _conv_shape(x: Tensor, conv: list[int]) -> tuple[int, int]:

@@ -1,0 +1,233 @@
+// tiles.h: how a product is cut into tiles of rows x units of outputs, and what one tile reads and
+// writes.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "error.h"
+#include "isa.h"
+
+namespace gossamer {
+
+// --- Scratch: one buffer a thread, kept between calls while it is small
+class Scratch {
+ public:
+  static constexpr int64_t kKept = int64_t{4} << 20;
+
+  ~Scratch() { std::free(data_); }
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      release();
+      data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
+      size_ = data_ ? bytes : 0;
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ > kKept) release();
+  }
+
+ private:
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+inline thread_local Scratch scratch;
+
+// --- Work: tiles of rows x units of outputs
+struct Work {
+  int64_t images, rows;  // rows of one image; a matrix is one image
+  int64_t tile;          // rows a tile, never more than there are
+  int64_t units;         // output units: panels or chunks, or groups of them
+  int64_t tiles() const { return rows == 0 ? 0 : images * ceil_div(rows, tile); }
+};
+
+struct Tile {
+  int64_t image;
+  Range rows, units;
+  bool fresh;  // the first tile of its image in this thread's range: nothing in scratch is of use
+  int64_t count() const { return rows.end - rows.begin; }
+};
+
+// A region of work shorter than this is not worth a second thread (a torch region costs about 1 us,
+// waking a sleeping thread 5 to 20).
+constexpr double kGrainMacs = 20e-6 * 50e9;
+
+template <typename Body>
+int run(const Work& work, double macs, gossamer_parallel_for parallel_for, Body body) {
+  const int64_t items = work.tiles() * work.units;
+  if (items == 0) return GOSSAMER_OK;
+  struct Context {
+    const Work& work;
+    Body& body;
+    bool failed;
+  } context{work, body, false};
+  const gossamer_body each = [](int64_t begin, int64_t end, void* opaque) {
+    Context& c = *static_cast<Context*>(opaque);
+    const int64_t units = c.work.units, per_image = ceil_div(c.work.rows, c.work.tile);
+    int64_t image = -1;
+    while (begin < end) {
+      const int64_t t = begin / units, first = begin % units,
+                    last = std::min(units, first + end - begin);
+      const int64_t row = t % per_image * c.work.tile;
+      const Range rows{row, std::min(row + c.work.tile, c.work.rows)};
+      if (!c.body(Tile{t / per_image, rows, {first, last}, t / per_image != image}))
+        c.failed = true;
+      image = t / per_image;
+      begin += last - first;
+    }
+    scratch.trim();
+  };
+  const double grain = std::ceil(kGrainMacs * static_cast<double>(items) / std::max(macs, 1.0));
+  if (!parallel_for || grain >= static_cast<double>(items)) {
+    each(0, items, &context);
+  } else {
+    parallel_for(0, items, static_cast<int64_t>(grain), each, &context);
+  }
+  if (!context.failed) return GOSSAMER_OK;
+  fail("out of memory: the scratch buffer of a thread could not be allocated");
+  return GOSSAMER_NO_MEMORY;
+}
+
+inline Work work_of(const gossamer_input& x, int64_t tile, int64_t units) {
+  const int64_t images = x.conv ? x.conv->images : 1,
+                rows = x.conv ? x.conv->out_h * x.conv->out_w : x.rows;
+  return {images, rows, std::min(tile, rows), units};
+}
+
+inline double macs_of(const Work& w, double weights) {
+  return static_cast<double>(w.images * w.rows) * weights;
+}
+
+// Carves a thread's buffer into aligned parts.
+struct Arena {
+  char* next;
+  char* take(int64_t bytes) {
+    char* part = next;
+    next += round_up(bytes, 64);
+    return part;
+  }
+};
+
+inline const char* image_at(const gossamer_input& x, int64_t image) {
+  const gossamer_conv& c = *x.conv;
+  return static_cast<const char*>(x.data) +
+         image * c.height * c.width * c.channels * element_size(x.dtype);
+}
+
+// Rows of a matrix as they lie, or of a convolution gathered into scratch.
+inline int64_t float_tile_bytes(const gossamer_input& x, int64_t k, int64_t rows) {
+  return x.conv ? round_up(rows * k * element_size(x.dtype), 64) : 0;
+}
+inline FloatTile float_tile(const gossamer_input& x, int64_t k, const Tile& tile, Arena& arena) {
+  const int64_t size = element_size(x.dtype);
+  if (!x.conv) {
+    return {static_cast<const char*>(x.data) + tile.rows.begin * x.stride * size, x.stride, x.dtype,
+            tile.count()};
+  }
+  char* gathered = arena.take(tile.count() * k * size);
+  active_kernels()->im2col(image_at(x, tile.image), *x.conv, size, 0, tile.rows, gathered);
+  return {gathered, k, x.dtype, tile.count()};
+}
+
+// Quantized rows. A matrix has a scale a row. A convolution has one an image: the image is
+// quantized once and then gathered as bytes, which is cheaper by the number of taps than quantizing
+// what is gathered.
+class Quantizer {
+ public:
+  Quantizer(const gossamer_input& x, int64_t k, const Work& work)
+      : x_(x), k_(k), stride_(round_up(k, kStep)), tile_rows_(work.tile) {}
+
+  int64_t bytes() const {
+    return round_up(image_bytes(), 64) + round_up(tile_rows_ * stride_, 64) +
+           2 * round_up(tile_rows_ * 4, 64);
+  }
+
+  // The first parts of the arena, in this order, so that an image quantized for one tile serves the
+  // next.
+  QuantizedTile operator()(const Tile& tile, Arena& arena) const {
+    const Kernels& kernels = *active_kernels();
+    auto* image = reinterpret_cast<uint8_t*>(arena.take(image_bytes()));
+    auto* scale = reinterpret_cast<float*>(arena.take(tile_rows_ * 4));
+    auto* zero = reinterpret_cast<int32_t*>(arena.take(tile_rows_ * 4));
+    auto* q = reinterpret_cast<uint8_t*>(arena.take(tile_rows_ * stride_));
+    if (!x_.conv) {
+      kernels.quantize_rows(float_tile(x_, k_, tile, arena), k_, q, stride_, scale, zero);
+      return {q, stride_, scale, zero, tile.count()};
+    }
+    if (tile.fresh) {
+      const FloatTile whole{image_at(x_, tile.image), image_bytes(), x_.dtype, 1};
+      kernels.quantize_rows(whole, image_bytes(), image, image_bytes(), scale, zero);
+      std::fill(scale + 1, scale + tile_rows_, scale[0]);
+      std::fill(zero + 1, zero + tile_rows_, zero[0]);
+    }
+    kernels.im2col(image, *x_.conv, 1, static_cast<uint8_t>(zero[0]), tile.rows, q);
+    // im2col writes rows of k bytes; spread them, last first, where a row needs its zeros.
+    for (int64_t r = tile.count() - 1; stride_ != k_ && r >= 0; --r) {
+      std::memmove(q + r * stride_, q + r * k_, static_cast<size_t>(k_));
+      std::memset(q + r * stride_ + k_, 0, static_cast<size_t>(stride_ - k_));
+    }
+    return {q, stride_, scale, zero, tile.count()};
+  }
+
+ private:
+  int64_t image_bytes() const {
+    return x_.conv ? x_.conv->height * x_.conv->width * x_.conv->channels : 0;
+  }
+
+  const gossamer_input& x_;
+  int64_t k_, stride_, tile_rows_;
+};
+
+// The destination of one tile: y itself, or for planar results a tile of rows that flush()
+// transposes into y.
+class Sink {
+ public:
+  Sink(const gossamer_input& x, const gossamer_output& y, int64_t n) : x_(x), y_(y), n_(n) {}
+
+  int64_t bytes(int64_t rows) const {
+    return y_.planar ? round_up(rows * n_ * element_size(x_.dtype), 64) : 0;
+  }
+
+  Destination open(const Tile& tile, Arena& arena) {
+    const int64_t size = element_size(x_.dtype),
+                  plane = x_.conv ? x_.conv->out_h * x_.conv->out_w : 0;
+    tile_ = arena.take(bytes(tile.count()));
+    if (y_.planar) return {tile_, n_, x_.dtype, y_.bias, y_.activation};
+    char* at =
+        static_cast<char*>(y_.data) + (tile.image * plane + tile.rows.begin) * y_.stride * size;
+    return {at, y_.stride, x_.dtype, y_.bias, y_.activation};
+  }
+
+  void flush(const Tile& tile, Range outputs) const {
+    if (!y_.planar) return;
+    element_size(x_.dtype) == 4 ? transpose<uint32_t>(tile, outputs)
+                                : transpose<uint16_t>(tile, outputs);
+  }
+
+ private:
+  template <typename T>
+  void transpose(const Tile& tile, Range outputs) const {
+    const int64_t plane = x_.conv->out_h * x_.conv->out_w;
+    const T* from = reinterpret_cast<const T*>(tile_);
+    for (int64_t o = outputs.begin; o < std::min(outputs.end, n_); ++o) {
+      T* to = static_cast<T*>(y_.data) + (tile.image * n_ + o) * plane + tile.rows.begin;
+      for (int64_t r = 0; r < tile.count(); ++r) to[r] = from[r * n_ + o];
+    }
+  }
+
+  const gossamer_input& x_;
+  const gossamer_output& y_;
+  int64_t n_;
+  char* tile_ = nullptr;
+};
+
+}  // namespace gossamer

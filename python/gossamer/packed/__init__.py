@@ -1,0 +1,65 @@
+"""Packed weights: modules of plain buffers, and the only folder that knows how they are laid out.
+
+docs/formats.md draws every buffer byte for byte. Layouts do not depend on the CPU, so a state_dict
+moves between machines.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gossamer.formats import Format, Int8, Sparse, SparseInt8
+
+from .base import MAX_K, Packed
+from .int8 import PackedInt8, PackedW8
+from .lanes import LANE_LIMIT, quantize_lanes
+from .sparse import PackedSparse, PackedSparseInt8
+
+__all__ = [
+    "LANE_LIMIT",
+    "MAX_K",
+    "Packed",
+    "PackedInt8",
+    "PackedSparse",
+    "PackedSparseInt8",
+    "PackedW8",
+    "pack",
+    "packed_from_buffers",
+    "quantize_lanes",
+]
+
+
+def _packed_type(format: Format) -> type[Packed]:
+    if isinstance(format, Int8):
+        return PackedInt8 if format.activations == "dynamic" else PackedW8
+    types: dict[type[Format], type[Packed]] = {Sparse: PackedSparse, SparseInt8: PackedSparseInt8}
+    if type(format) not in types:
+        raise ValueError(
+            f"unknown format {format!r}: use gs.Int8(), gs.Sparse() or gs.SparseInt8()"
+        )
+    return types[type(format)]
+
+
+def pack(weight: Tensor, format: Format) -> Packed:
+    """Packs a weight.
+
+    Args:
+        weight: (n, k) of a float dtype on the CPU, k <= 65536.
+        format: what to pack it to.
+
+    Raises:
+        ValueError: if the weight is not a finite (n, k) matrix on the CPU, k is too large, or the
+            format unknown.
+        TypeError: if the weight is not of a float dtype.
+
+    >>> import torch
+    >>> packed = pack(torch.eye(16), Int8())
+    >>> torch.allclose(packed.unpack(), torch.eye(16))
+    True
+    """
+    return _packed_type(format).pack(weight, format)
+
+
+def packed_from_buffers(n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
+    """The packed weight that these buffers hold, checked: see `Packed.from_buffers`."""
+    return _packed_type(format).from_buffers(n, k, format, buffers)

@@ -1,0 +1,168 @@
+"""What every packed weight is: a module of plain buffers, checked when they come from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer import ops
+from gossamer.formats import Format
+
+MAX_K = 65536
+
+
+def round_up(value: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-value // unit) * unit
+
+
+class Packed(nn.Module):
+    """A weight of n outputs and k inputs in some format: buffers and the product with them.
+
+    Attributes:
+        n, k: the shape of the weight.
+        format: the `Format` it was packed with.
+        kernel: name of the operator that multiplies it.
+    """
+
+    kernel: str
+    BUFFERS: ClassVar[dict[str, torch.dtype]]
+
+    def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.n, self.k, self.format = n, k, format
+        for name in self.BUFFERS:
+            self.register_buffer(name, buffers[name])
+
+    @classmethod
+    def pack(cls, weight: Tensor, format: Format) -> Packed:
+        raise NotImplementedError
+
+    @classmethod
+    def from_buffers(cls, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
+        """A packed weight from the buffers of another, say out of a file; nothing is trusted.
+
+        Raises:
+            ValueError: if a buffer is missing, or has another dtype, shape or content than packing
+                makes.
+        """
+        check_sizes(n, k)
+        if set(buffers) != set(cls.BUFFERS):
+            raise ValueError(
+                f"{format.name} has the buffers {sorted(cls.BUFFERS)}, "
+                f"the file has {sorted(buffers)}"
+            )
+        for name, dtype in cls.BUFFERS.items():
+            buffer = buffers[name]
+            if not isinstance(buffer, Tensor) or buffer.is_meta or buffer.layout != torch.strided:
+                raise ValueError(f"buffer {name} is not a dense tensor that holds data")
+            if buffer.dtype != dtype:
+                raise ValueError(f"buffer {name} is {buffer.dtype}, {format.name} has {dtype}")
+        clean = {name: b.detach().cpu().contiguous() for name, b in buffers.items()}
+        packed = cls(n, k, format, clean)
+        packed._validate()
+        return packed
+
+    def _validate(self) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """For `load_state_dict`: all buffers or none, as little trusted as those of a file.
+
+        They may hold another number of non-zeros than those they replace.
+        """
+        names = {prefix + name: name for name in self.BUFFERS}
+        missing = [key for key in names if key not in state_dict]
+        missing_keys += missing
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in names]
+        if missing:
+            return
+        buffers = {name: state_dict[key] for key, name in names.items()}
+        try:
+            loaded = self.from_buffers(self.n, self.k, self.format, buffers)
+        except ValueError as error:
+            error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
+            return
+        for name, buffer in loaded.named_buffers():
+            setattr(self, name, buffer.clone())
+
+    def matmul(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        conv: list[int] | None = None,
+    ) -> Tensor:
+        """y = activation(x @ w^T + bias).
+
+        Args:
+            x: (..., k) float32, bfloat16 or float16; with `conv` (images, channels, height, width).
+            bias: (n) float32, or None.
+            activation: "none", "relu", "gelu" (exact, by erf) or "silu".
+            conv: the geometry of a convolution, see `gossamer.ops.gemm_int8`.
+
+        Returns:
+            (..., n), or (images, n, out_h, out_w), in the dtype of x.
+        """
+        return self.multiply(x, bias, ops.activation_index(activation), conv)
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+    ) -> Tensor:
+        """`matmul` with the activation as its index: what layers call."""
+        raise NotImplementedError
+
+    def unpack(self) -> Tensor:
+        """The weight that is really used, (n, k) float32."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(b.nbytes for b in self.buffers())
+
+    @property
+    def zeros(self) -> float:
+        """Share of weights that are exactly zero, 0 to 1."""
+        return 1 - torch.count_nonzero(self.unpack()).item() / (self.n * self.k)
+
+    def extra_repr(self) -> str:
+        return f"n={self.n}, k={self.k}, format={self.format}"
+
+
+def check_sizes(n: int, k: int) -> None:
+    """ValueError unless an n x k weight can be packed."""
+    if not (isinstance(n, int) and isinstance(k, int) and 1 <= n < 2**31 and k >= 1):
+        raise ValueError(f"n={n}, k={k}: a weight has 1 .. 2^31 - 1 outputs and at least one input")
+    if k > MAX_K:
+        raise ValueError(f"k={k} overflows int32 (limit {MAX_K}): split the layer")
+
+
+def checked_weight(weight: Tensor) -> Tensor:
+    """A weight as float32 (n, k), or the sentence that says why it cannot be packed."""
+    if weight.dim() != 2:
+        raise ValueError(f"a weight must be (n, k), got shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight has dtype {weight.dtype}: use a float dtype")
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight is on {weight.device}: move the model with .cpu() to pack it")
+    check_sizes(*weight.shape)
+    weight = weight.detach().float().contiguous()
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            "the weight holds a NaN or an Inf: it cannot be quantized or pruned soundly"
+        )
+    return weight

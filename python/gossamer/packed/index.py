@@ -1,0 +1,92 @@
+"""The index that both sparse formats share: blocks of columns, chunks of outputs, rows in cells."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gossamer import _C
+
+
+class Index(NamedTuple):
+    """Where the non-zeros of a matrix lie; both sparse formats use it."""
+
+    columns: Tensor  # (entries) uint8, column inside its block
+    rows: Tensor  # (rows, 2) uint16: output inside its chunk, entries
+    cells: Tensor  # (blocks * chunks + 1, 2) int32: first row, first entry
+
+
+INDEX_BUFFERS = {"columns": torch.uint8, "rows": torch.uint16, "cells": torch.int32}
+
+
+def build_index(mask: Tensor, unit: int) -> tuple[Index, Tensor]:
+    """The index of the true places of a mask.
+
+    Args:
+        mask: (n, columns) bool.
+        unit: inputs a column stands for: 1, or 4 where rows are padded to even lengths.
+
+    Returns:
+        The index, and for each true place of the mask, in row-major order, its entry (int64).
+    """
+    n, width = mask.shape
+    block, chunk = _C.block_columns(unit), _C.chunk_rows(n)
+    blocks, chunks = -(-width // block), -(-n // chunk)
+    output, column = mask.nonzero(as_tuple=True)
+    # A row is one output in one block. Its entries follow each other in row-major order already.
+    row = output * blocks + column // block
+    length = torch.bincount(row, minlength=n * blocks)
+    within = torch.arange(len(row)) - (length.cumsum(0) - length)[row]
+    stored = length + length % 2 if unit == 4 else length
+
+    output_of = torch.arange(n).repeat_interleave(blocks)
+    cell = torch.arange(blocks).repeat(n) * chunks + output_of // chunk
+    filled = stored.nonzero().squeeze(1)
+    # Cell by cell, longest row first, then by output: the order in which a kernel walks.
+    key = (cell[filled] * (block + 2) + block + 1 - stored[filled]) * n + output_of[filled]
+    order = filled[key.argsort()]
+    start = torch.empty_like(stored)
+    start[order] = stored[order].cumsum(0) - stored[order]
+
+    columns = torch.zeros(int(stored.sum()), dtype=torch.uint8)
+    entry = start[row] + within
+    columns[entry] = (column % block).to(torch.uint8)
+    rows = torch.stack([output_of[order] % chunk, stored[order]], 1).to(torch.uint16)
+    cells = torch.zeros(blocks * chunks + 1, 2, dtype=torch.int64)
+    cells[1:, 0] = torch.bincount(cell[order], minlength=blocks * chunks)
+    cells[1:, 1].index_add_(0, cell[order], stored[order])
+    if len(columns) > 2**31 - 1:
+        raise ValueError(f"{len(columns)} stored weights overflow the int32 index: split the layer")
+    return Index(columns, rows, cells.cumsum(0).to(torch.int32)), entry
+
+
+def entry_places(n: int, unit: int, index: Index) -> tuple[Tensor, Tensor]:
+    """Output and first input of every entry of a valid index, both int64."""
+    rows, cells = index.rows.to(torch.int64), index.cells.to(torch.int64)
+    block, chunk = _C.block_columns(unit), _C.chunk_rows(n)
+    chunks = -(-n // chunk)
+    cell = torch.repeat_interleave(cells[1:, 0] - cells[:-1, 0])
+    output = rows[:, 0] + cell % chunks * chunk
+    columns = index.columns.to(torch.int64) + torch.repeat_interleave(
+        cell // chunks * block, rows[:, 1]
+    )
+    return torch.repeat_interleave(output, rows[:, 1]), columns * unit
+
+
+def check_index(n: int, k: int, unit: int, values: Tensor, index: Index) -> None:
+    """ValueError unless the index and the shape of the values belong to an n x k weight."""
+    columns, rows, cells = index
+    if columns.dim() != 1 or rows.dim() != 2 or rows.shape[1] != 2:
+        raise ValueError(
+            f"columns {tuple(columns.shape)} and rows {tuple(rows.shape)} must be (entries,) and "
+            "(rows, 2)"
+        )
+    if cells.dim() != 2 or cells.shape[1] != 2 or cells.shape[0] < 1:
+        raise ValueError(f"cells have shape {tuple(cells.shape)}: they must be (cells + 1, 2)")
+    shape = columns.shape if unit == 1 else (*columns.shape, 4)
+    if values.shape != shape:
+        raise ValueError(f"values have shape {tuple(values.shape)}, the index needs {tuple(shape)}")
+    pointers = (columns.data_ptr(), rows.data_ptr(), cells.data_ptr())
+    _C.check_index(n, k, len(columns), len(rows), *pointers, len(cells) - 1, unit)

@@ -1,0 +1,90 @@
+"""Dense int8 weights, in panels of 16 outputs."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer import ops
+from gossamer.formats import Format
+
+from .base import Packed, checked_weight, round_up
+from .lanes import check_lanes, check_scale, check_wsum, lanes_of, quantize_lanes, unlanes
+
+PANEL = 16  # outputs in a panel
+STEP = 8  # inputs whose products share 16-bit lanes, two by two
+
+
+class _Int8Panels(Packed):
+    """Dense int8: panels of 16 outputs, (ceil(n / 16), k up to 8 / 4, 16, 4)."""
+
+    panels: Tensor
+    scale: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor, format: Format) -> Packed:
+        weight = checked_weight(weight)
+        n, k = weight.shape
+        padded = nn.functional.pad(weight, (0, round_up(k, STEP) - k))
+        outputs = torch.arange(n).repeat_interleave(padded.shape[1] // 4)
+        lanes, scale = quantize_lanes(lanes_of(padded), outputs, n)
+        q = unlanes(lanes, n, padded.shape[1])
+        whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
+        panels = whole.reshape(-1, PANEL, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        buffers = {"panels": panels, "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
+        return cls(n, k, format, {name: buffers[name] for name in cls.BUFFERS})
+
+    def _integers(self) -> Tensor:
+        """(n up to 16, k up to 8) int8."""
+        panels = self.panels
+        return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)
+
+    def _validate(self) -> None:
+        n, k = self.n, self.k
+        shape = (round_up(n, PANEL) // PANEL, round_up(k, STEP) // 4, PANEL, 4)
+        if self.panels.shape != shape:
+            raise ValueError(
+                f"panels have shape {tuple(self.panels.shape)}, n={n}, k={k} need {shape}"
+            )
+        q = self._integers()
+        if q[n:].any() or q[:, k:].any():
+            raise ValueError("panels hold weights in their padding: the file is damaged")
+        check_lanes(lanes_of(q), "panels")
+        check_scale(self.scale, n)
+
+    def unpack(self) -> Tensor:
+        return self._integers()[: self.n, : self.k].float() * self.scale[:, None]
+
+
+class PackedInt8(_Int8Panels):
+    """`Int8(activations="dynamic")`: integers times integers."""
+
+    wsum: Tensor
+
+    kernel = "gemm_int8"
+    BUFFERS: ClassVar = {"panels": torch.int8, "scale": torch.float32, "wsum": torch.int32}
+
+    def _validate(self) -> None:
+        super()._validate()
+        check_wsum(self.wsum, self._integers()[: self.n])
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+    ) -> Tensor:
+        b = self._buffers
+        return ops.gemm_int8(x, b["panels"], b["scale"], b["wsum"], bias, self.k, activation, conv)
+
+
+class PackedW8(_Int8Panels):
+    """`Int8(activations="none")`: integers widened to floats on the way."""
+
+    kernel = "gemm_w8"
+    BUFFERS: ClassVar = {"panels": torch.int8, "scale": torch.float32}
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+    ) -> Tensor:
+        b = self._buffers
+        return ops.gemm_w8(x, b["panels"], b["scale"], bias, self.k, activation, conv)

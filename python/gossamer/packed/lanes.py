@@ -1,0 +1,79 @@
+"""The saturation-aware scale: int8 weights whose products cannot overflow a 16-bit lane."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Four weights whose products one 16-bit lane sums: 255 * 128 fits in int16, for either sign.
+LANE_LIMIT = 128
+
+
+def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 such that no lane can overflow 16 bits.
+
+    A lane is the set of four weights whose u8 x s8 products a CPU without a 4-way dot sums in
+    int16. The scale of an output is the smallest for which every weight fits in 127 and, of every
+    lane, the positive weights together in 128 and the negative ones too, so that
+    255 * 128 <= 32767 (docs/formats.md derives it). Rounding may overshoot 128 by one or two: the
+    weight that gained most by it gives that back.
+
+    Args:
+        lanes: (lanes, 4) float32.
+        outputs: (lanes) int64, the output each lane belongs to.
+        n: number of outputs.
+
+    Returns:
+        q (lanes, 4) int8, scale (n) float32.
+    """
+    # Divided first: four of the largest floats would overflow.
+    share = lanes / LANE_LIMIT
+    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
+    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
+    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
+    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
+    scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
+    exact = lanes / scale[outputs, None]
+    q = exact.round().clamp_(-127, 127)
+    for sign in (1, -1):
+        for _ in range(4):
+            over = (q * sign).clamp(min=0).sum(1) > LANE_LIMIT
+            if not over.any():
+                break
+            part, goal = q[over] * sign, exact[over] * sign
+            gain = torch.where(part > 0, part - goal, torch.full_like(part, -9.0))
+            part[torch.arange(len(part)), gain.argmax(1)] -= 1
+            q[over] = part * sign
+    return q.to(torch.int8), scale
+
+
+def check_lanes(lanes: Tensor, what: str) -> None:
+    wide = lanes.to(torch.int32)
+    if (wide.clamp(min=0).sum(1) > LANE_LIMIT).any() or (
+        wide.clamp(max=0).sum(1) < -LANE_LIMIT
+    ).any():
+        raise ValueError(
+            f"{what} holds weights whose products overflow 16 bits: the file is damaged"
+        )
+
+
+def check_scale(scale: Tensor, n: int) -> None:
+    """ValueError unless there are n finite positive scales."""
+    if scale.shape != (n,) or not (torch.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError(f"scale must be {n} finite positive numbers, the file is damaged")
+
+
+def check_wsum(wsum: Tensor, q: Tensor) -> None:
+    """ValueError unless wsum (n) is the sum of each row of q (n, k)."""
+    if wsum.shape != q.shape[:1] or not torch.equal(wsum, q.sum(1, dtype=torch.int32)):
+        raise ValueError("wsum is not the sum of each output's weights: the file is damaged")
+
+
+def lanes_of(q: Tensor) -> Tensor:
+    """(n, k) with k a multiple of 8 -> (n * k / 4, 4): inputs 0 1 4 5 and 2 3 6 7 of every 8."""
+    return q.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
+
+
+def unlanes(lanes: Tensor, n: int, k: int) -> Tensor:
+    """The inverse of `lanes_of`: (n * k / 4, 4) -> (n, k)."""
+    return lanes.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(n, k)

@@ -1,0 +1,126 @@
+"""Sparse weights: fp32 values, or int8 values in blocks of four inputs, and their index."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from gossamer import ops
+from gossamer.formats import Format
+
+from .base import Packed, checked_weight, round_up
+from .index import INDEX_BUFFERS, Index, build_index, check_index, entry_places
+from .lanes import check_lanes, check_scale, lanes_of, quantize_lanes, unlanes
+
+
+class _Indexed(Packed):
+    """A packed weight with the buffers of an index."""
+
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    cells: Tensor
+
+    def _index(self) -> Index:
+        return Index(self.columns, self.rows, self.cells)
+
+
+class PackedSparse(_Indexed):
+    """`Sparse()`: fp32 values and their index."""
+
+    kernel = "spmm"
+    BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
+
+    @classmethod
+    def pack(cls, weight: Tensor, format: Format) -> Packed:
+        weight = checked_weight(weight)
+        n, k = weight.shape
+        mask = weight != 0
+        index, entry = build_index(mask, 1)
+        values = torch.empty(len(index.columns))
+        values[entry] = weight[mask]
+        return cls(n, k, format, {"values": values, **index._asdict()})
+
+    def _validate(self) -> None:
+        check_index(self.n, self.k, 1, self.values, self._index())
+        if not torch.isfinite(self.values).all():
+            raise ValueError("values hold a NaN or an Inf: the file is damaged")
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+    ) -> Tensor:
+        b = self._buffers
+        index = (b["columns"], b["rows"], b["cells"])
+        return ops.spmm(x, b["values"], *index, self.n, bias, self.k, activation, conv)
+
+    def unpack(self) -> Tensor:
+        weight = torch.zeros(self.n, self.k)
+        # A file may list a place twice: a kernel adds what is there, and so does this.
+        return weight.index_put_(
+            entry_places(self.n, 1, self._index()), self.values, accumulate=True
+        )
+
+
+class PackedSparseInt8(_Indexed):
+    """`SparseInt8()`: int8 values in blocks of 1 output x 4 inputs, and their index."""
+
+    scale: Tensor
+    wsum: Tensor
+
+    kernel = "spmm_int8"
+    BUFFERS: ClassVar = {
+        "values": torch.int8,
+        **INDEX_BUFFERS,
+        "scale": torch.float32,
+        "wsum": torch.int32,
+    }
+
+    @classmethod
+    def pack(cls, weight: Tensor, format: Format) -> Packed:
+        weight = checked_weight(weight)
+        n, k = weight.shape
+        blocks = nn.functional.pad(weight, (0, round_up(k, 4) - k)).reshape(n, -1, 4)
+        mask = (blocks != 0).any(2)
+        index, entry = build_index(mask, 4)
+        values = torch.zeros(len(index.columns), 4)
+        values[entry] = blocks[mask]
+        outputs = torch.empty(len(values), dtype=torch.int64)
+        outputs[entry] = mask.nonzero(as_tuple=True)[0]
+        # A pair of entries shares its lanes; the first of a pair is never padding.
+        lanes, scale = quantize_lanes(
+            lanes_of(values.reshape(-1, 8)), outputs[::2].repeat_interleave(2), n
+        )
+        q = unlanes(lanes, len(values), 4) if len(values) else lanes.reshape(0, 4)
+        wsum = torch.zeros(n, dtype=torch.int32)
+        wsum.index_add_(0, outputs[entry], q[entry].sum(1, dtype=torch.int32))
+        return cls(n, k, format, {"values": q, **index._asdict(), "scale": scale, "wsum": wsum})
+
+    def _validate(self) -> None:
+        check_index(self.n, self.k, 4, self.values, self._index())
+        check_lanes(lanes_of(self.values.reshape(-1, 8)), "values")
+        check_scale(self.scale, self.n)
+        outputs, inputs = entry_places(self.n, 4, self._index())
+        beyond = inputs[:, None] + torch.arange(4) >= self.k
+        if self.values[beyond].any():
+            raise ValueError("values hold weights behind the last input: the file is damaged")
+        wsum = torch.zeros(self.n, dtype=torch.int32)
+        wsum.index_add_(0, outputs, self.values.sum(1, dtype=torch.int32))
+        if not torch.equal(wsum, self.wsum):
+            raise ValueError("wsum is not the sum of each output's weights: the file is damaged")
+
+    def multiply(
+        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+    ) -> Tensor:
+        b = self._buffers
+        weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
+        return ops.spmm_int8(x, *weight, bias, self.k, activation, conv)
+
+    def unpack(self) -> Tensor:
+        weight = torch.zeros(self.n, round_up(self.k, 4))
+        outputs, inputs = entry_places(self.n, 4, self._index())
+        # Padding entries are zeros at column 0 of their block: adding them changes nothing.
+        places = (outputs[:, None], inputs[:, None] + torch.arange(4))
+        weight.index_put_(places, self.values.float() * self.scale[outputs, None], accumulate=True)
+        return weight[:, : self.k].contiguous()
