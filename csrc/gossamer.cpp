@@ -178,6 +178,9 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
   const gossamer_output y{q, k, 0, nullptr, GOSSAMER_NONE};
   if (x && x->conv) return fail("quantize_rows takes rows, not a convolution");
   if (const int status = check(x, k, std::min(k, kMaxK), &y)) return status;
+  if (x->rows > 1 && x->stride < k) {
+    return fail("rows with stride %lld cannot hold k=%lld elements each", Long(x->stride), Long(k));
+  }
   if (q_stride < k) return fail("q_stride=%lld is shorter than k=%lld", Long(q_stride), Long(k));
   const Work work = work_of(*x, kDenseTile, 1);
   // About one MAC's time an element and pass.
@@ -193,6 +196,10 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
 extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
                                gossamer_parallel_for parallel_for) {
   if (!x || !x->conv) return fail("im2col needs the geometry of a convolution");
+  if (!rows) return fail("rows must not be NULL");
+  if (x->dtype < GOSSAMER_FLOAT32 || x->dtype > GOSSAMER_FLOAT16) {
+    return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(x->dtype));
+  }
   const int64_t k = columns_of(*x->conv), size = element_size(x->dtype);
   if (const int status = check_conv(*x->conv)) return status;
   if (!active_kernels()) return fail("%s", isa_error());

@@ -16,6 +16,7 @@ extern "C" int64_t gossamer_cell_count(int64_t n, int64_t k, int64_t unit) {
 }
 
 extern "C" int gossamer_check_index(const gossamer_index* w, int64_t cell_count, int64_t unit) {
+  if (!w) return fail("the index must not be NULL");
   if (unit != 1 && unit != 4)
     return fail("unit=%lld: a column stands for 1 or 4 inputs", Long(unit));
   if (w->n < 1 || w->k < 1 || w->k > kMaxK || w->n > INT32_MAX) {

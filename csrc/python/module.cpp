@@ -77,30 +77,7 @@ struct Call {
         y{pointer<void>(y), n, 0, nullptr, GOSSAMER_NONE} {}
 };
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "The C ABI of libgossamer on raw pointers.";
-  m.def("isa", &isa, "Name of the instruction set in use.");
-  m.def("isas", &isas, "Names of the instruction sets this CPU can run, best first.");
-  m.def("cpu_features", &cpu_features,
-        "The features of this CPU that choose among instruction sets.");
-  m.def("version", &gossamer_version);
-  m.def("use_isa", [](const std::string& name) {
-    if (gossamer_use_isa(name.c_str()) != GOSSAMER_OK) {
-      throw std::invalid_argument("this CPU cannot run the instruction set '" + name + "'");
-    }
-  });
-
-  m.def("cell_count", &gossamer_cell_count, py::arg("n"), py::arg("k"), py::arg("unit"));
-  m.def("block_columns", &gossamer_block_columns, py::arg("unit"));
-  m.def("chunk_rows", &gossamer_chunk_rows, py::arg("n"));
-  m.def("check_index", [](int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns,
-                          Address rows, Address cells, int64_t cell_count, int64_t unit) {
-    const gossamer_index index = index_at(n, k, entries, row_count, columns, rows, cells);
-    require(gossamer_check_index(&index, cell_count, unit));
-  });
-
+void define_products(py::module_& m) {
   const auto free_gil = py::call_guard<py::gil_scoped_release>();
   m.def(
       "gemm_int8",
@@ -143,4 +120,30 @@ PYBIND11_MODULE(_C, m) {
         require(gossamer_spmm_int8(&call.x, &w, &call.y, nullptr));
       },
       free_gil);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C ABI of libgossamer on raw pointers.";
+  m.def("isa", &isa, "Name of the instruction set in use.");
+  m.def("isas", &isas, "Names of the instruction sets this CPU can run, best first.");
+  m.def("cpu_features", &cpu_features,
+        "The features of this CPU that choose among instruction sets.");
+  m.def("version", &gossamer_version);
+  m.def("use_isa", [](const std::string& name) {
+    if (gossamer_use_isa(name.c_str()) != GOSSAMER_OK) {
+      throw std::invalid_argument("this CPU cannot run the instruction set '" + name + "'");
+    }
+  });
+
+  m.def("cell_count", &gossamer_cell_count, py::arg("n"), py::arg("k"), py::arg("unit"));
+  m.def("block_columns", &gossamer_block_columns, py::arg("unit"));
+  m.def("chunk_rows", &gossamer_chunk_rows, py::arg("n"));
+  m.def("check_index", [](int64_t n, int64_t k, int64_t entries, int64_t row_count, Address columns,
+                          Address rows, Address cells, int64_t cell_count, int64_t unit) {
+    const gossamer_index index = index_at(n, k, entries, row_count, columns, rows, cells);
+    require(gossamer_check_index(&index, cell_count, unit));
+  });
+  define_products(m);
 }

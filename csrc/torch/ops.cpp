@@ -264,9 +264,9 @@ const Operator kOperators[] = {
 // Runs when the library is loaded; the registrations live as long as the process.
 const bool registered = [] {
   TorchLibraryHandle schemas = nullptr, kernels = nullptr;
-  require(aoti_torch_library_init_fragment("gossamer", __FILE__, __LINE__, &schemas),
+  require(aoti_torch_library_init_fragment("gossamer", "csrc/torch/ops.cpp", __LINE__, &schemas),
           "library_init_fragment");
-  require(aoti_torch_library_init_impl("gossamer", "CPU", __FILE__, __LINE__, &kernels),
+  require(aoti_torch_library_init_impl("gossamer", "CPU", "csrc/torch/ops.cpp", __LINE__, &kernels),
           "library_init_impl");
   for (const Operator& op : kOperators) {
     require(aoti_torch_library_def(schemas, op.schema), op.schema);

@@ -58,7 +58,8 @@ class Linear(_Layer):
     Raises:
         ValueError: if the bias does not fit or the activation is unknown.
 
-    >>> layer = Linear.from_dense(nn.Linear(8, 4), gossamer.Int8())
+    >>> import gossamer as gs
+    >>> layer = gs.Linear.from_dense(nn.Linear(8, 4), gs.Int8())
     >>> layer(torch.randn(2, 8)).shape
     torch.Size([2, 4])
     """
@@ -129,7 +130,7 @@ class Linear(_Layer):
 def _fill(dense: nn.Linear | nn.Conv2d, layer: Linear | Conv2d) -> None:
     with torch.no_grad():
         dense.weight.copy_(layer.unpack())
-        if dense.bias is not None:
+        if dense.bias is not None and layer.bias is not None:
             dense.bias.copy_(layer.bias)
     dense.train(layer.training)
 
@@ -256,7 +257,7 @@ class Conv2d(_Layer):
             self.padding,
             self.dilation,
             bias=self.bias is not None,
-            padding_mode=self.padding_mode,
+            padding_mode=self.padding_mode,  # type: ignore[arg-type]
         )
         _fill(dense, self)
         return dense

@@ -18,7 +18,11 @@ class Index(NamedTuple):
     cells: Tensor  # (blocks * chunks + 1, 2) int32: first row, first entry
 
 
-INDEX_BUFFERS = {"columns": torch.uint8, "rows": torch.uint16, "cells": torch.int32}
+INDEX_BUFFERS: dict[str, torch.dtype] = {
+    "columns": torch.uint8,
+    "rows": torch.uint16,
+    "cells": torch.int32,
+}
 
 
 def build_index(mask: Tensor, unit: int) -> tuple[Index, Tensor]:

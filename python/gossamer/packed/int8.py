@@ -73,7 +73,7 @@ class PackedInt8(_Int8Panels):
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
-        b = self._buffers
+        b = self._tensors()
         return ops.gemm_int8(x, b["panels"], b["scale"], b["wsum"], bias, self.k, activation, conv)
 
 
@@ -86,5 +86,5 @@ class PackedW8(_Int8Panels):
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
-        b = self._buffers
+        b = self._tensors()
         return ops.gemm_w8(x, b["panels"], b["scale"], bias, self.k, activation, conv)

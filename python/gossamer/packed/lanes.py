@@ -48,6 +48,7 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
 
 
 def check_lanes(lanes: Tensor, what: str) -> None:
+    """ValueError unless the products of every lane fit in 16 bits."""
     wide = lanes.to(torch.int32)
     if (wide.clamp(min=0).sum(1) > LANE_LIMIT).any() or (
         wide.clamp(max=0).sum(1) < -LANE_LIMIT

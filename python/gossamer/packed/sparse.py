@@ -51,7 +51,7 @@ class PackedSparse(_Indexed):
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
-        b = self._buffers
+        b = self._tensors()
         index = (b["columns"], b["rows"], b["cells"])
         return ops.spmm(x, b["values"], *index, self.n, bias, self.k, activation, conv)
 
@@ -113,7 +113,7 @@ class PackedSparseInt8(_Indexed):
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
-        b = self._buffers
+        b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
         return ops.spmm_int8(x, *weight, bias, self.k, activation, conv)
 
