@@ -196,7 +196,7 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
 extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
                                gossamer_parallel_for parallel_for) {
   if (!x || !x->conv) return fail("im2col needs the geometry of a convolution");
-  if (!rows) return fail("rows must not be NULL");
+  if (!rows && x->conv->images > 0) return fail("rows must not be NULL");
   if (x->dtype < GOSSAMER_FLOAT32 || x->dtype > GOSSAMER_FLOAT16) {
     return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(x->dtype));
   }

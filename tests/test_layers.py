@@ -116,6 +116,20 @@ def conv_expected(layer: gs.Conv2d, x: Tensor, activation: str = "none") -> tupl
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 @EVERY_FORMAT
+def test_conv2d_unpacks_to_the_dense_weight(format: Format, name: str) -> None:
+    channels, outputs, kernel, settings, _ = GEOMETRIES[name]
+    dense = nn.Conv2d(channels, outputs, kernel, **settings)
+    layer = gs.Conv2d.from_dense(dense, format)
+    weight = dense.weight.detach()
+    if format == gs.Sparse():
+        assert torch.equal(layer.unpack(), weight)
+    else:
+        step = layer.packed.scale[:, None, None, None]
+        assert_close(layer.unpack(), weight, (0.75 + 2.0**-15) * step.expand_as(weight))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@EVERY_FORMAT
 def test_conv2d(isa: str, format: Format, name: str) -> None:
     channels, outputs, kernel, settings, size = GEOMETRIES[name]
     layer = conv(format, channels, outputs, kernel, **settings)

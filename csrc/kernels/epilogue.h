@@ -101,6 +101,18 @@ static inline void write(const Destination& to, int64_t row, const Outputs& outp
   outputs.count == kLanes ? store(y, value) : store_first(y, value, outputs.count);
 }
 
+// 0 for a row of numbers, NaN for one that holds a NaN or an Inf (x * 0 is NaN just then). Added to
+// all results of its row: a product that skips zeros may never read the ill element, and 0 * Inf
+// must not be a quiet 0.
+template <typename T>
+static inline float illness(const T* x, int64_t k) {
+  F32 bad = set(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) bad = add(bad, mul(load(x + i), set(0.0f)));
+  if (i < k) bad = add(bad, mul(load_first(x + i, lanes_left(k, i)), set(0.0f)));
+  return reduce_add(bad);
+}
+
 template <typename Body>
 static inline void by_dtype(gossamer_dtype dtype, Body body) {
   switch (dtype) {

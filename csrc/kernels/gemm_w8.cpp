@@ -36,7 +36,7 @@ void widen_panel(const int8_t* panel, int64_t k, float* out) {
 
 template <int MR>
 void tile(const float* x, int64_t stride, int64_t row, const float* weights, const gossamer_int8& w,
-          int64_t panel, const Destination& to) {
+          int64_t panel, const Destination& to, const float* ill) {
   const float* a = x + row * stride;
   F32 sum[MR][kVecs];
   for (auto& line : sum)
@@ -55,8 +55,10 @@ void tile(const float* x, int64_t stride, int64_t row, const float* weights, con
       if (output >= w.n) break;
       const Outputs outputs(to, w.n, output);
       const F32 scale = outputs.take(w.scale);
-      for (int r = 0; r < MR; ++r)
-        write<decltype(type)>(to, row + r, outputs, mul(sum[r][v], scale));
+      for (int r = 0; r < MR; ++r) {
+        const F32 value = add(mul(sum[r][v], scale), set(ill[row + r]));
+        write<decltype(type)>(to, row + r, outputs, value);
+      }
     }
   });
 }
@@ -86,12 +88,15 @@ void gemm_w8(const FloatTile& x, const gossamer_int8& w, Range panels, const Des
     rows = wide;
     stride = w.k;
   }
+  float ill[kMaxLanes];
+  for (int64_t r = 0; r < x.rows; ++r) ill[r] = illness(rows + r * stride, w.k);
   for (int64_t p = panels.begin; p < panels.end; ++p) {
     widen_panel(w.panels + p * k * kPanel, k, weights);
     int64_t row = 0;
-    for (; row + kRows <= x.rows; row += kRows) tile<kRows>(rows, stride, row, weights, w, p, to);
-    for (; row + 2 <= x.rows; row += 2) tile<2>(rows, stride, row, weights, w, p, to);
-    if (row < x.rows) tile<1>(rows, stride, row, weights, w, p, to);
+    for (; row + kRows <= x.rows; row += kRows)
+      tile<kRows>(rows, stride, row, weights, w, p, to, ill);
+    for (; row + 2 <= x.rows; row += 2) tile<2>(rows, stride, row, weights, w, p, to, ill);
+    if (row < x.rows) tile<1>(rows, stride, row, weights, w, p, to, ill);
   }
 }
 

@@ -62,7 +62,7 @@ void cell(const float* panel, const gossamer_sparse& w, const Cell& c, float* su
 
 template <int V>
 void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
-               float* panel) {
+               const float* ill, float* panel) {
   constexpr int64_t kWidth = V * kLanes;
   const int64_t k = w.index.k, n = w.index.n, size = chunk_rows(n);
   float* sums = panel + k * kWidth;
@@ -73,7 +73,9 @@ void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const
       cell<V>(panel + b * kBlockFloats * kWidth, w, cell_at(w.index, b, chunk), sums);
     }
     write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, n, {begin, end}, to,
-                [](const Outputs&) { return [](I32 sum, int64_t) { return as_f32(sum); }; });
+                [=](const Outputs&) {
+                  return [=](I32 sum, int64_t row) { return add(as_f32(sum), set(ill[row])); };
+                });
   }
 }
 
@@ -83,8 +85,10 @@ void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Dest
           void* scratch) {
   float* panel = static_cast<float*>(scratch);
   const int64_t lanes = lanes_for(x.rows, kMaxLanes), k = w.index.k;
+  float ill[kMaxLanes];
   by_dtype(x.dtype, [&](auto type) {
     const auto* data = static_cast<const decltype(type)*>(x.x);
+    for (int64_t r = 0; r < x.rows; ++r) ill[r] = illness(data + r * x.stride, k);
     pack_lanes(x.rows, k, lanes, reinterpret_cast<int32_t*>(panel),
                [&](int64_t row, int64_t column, int count) {
                  const auto* at = data + row * x.stride + column;
@@ -93,13 +97,13 @@ void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Dest
   });
   switch (lanes / kLanes) {
     case 1:
-      return chunks_of<1>(x, w, chunks, to, panel);
+      return chunks_of<1>(x, w, chunks, to, ill, panel);
     case 2:
-      return chunks_of<2>(x, w, chunks, to, panel);
+      return chunks_of<2>(x, w, chunks, to, ill, panel);
     case 4:
-      return chunks_of<4>(x, w, chunks, to, panel);
+      return chunks_of<4>(x, w, chunks, to, ill, panel);
     default:
-      return chunks_of<kMaxLanes / kLanes>(x, w, chunks, to, panel);
+      return chunks_of<kMaxLanes / kLanes>(x, w, chunks, to, ill, panel);
   }
 }
 

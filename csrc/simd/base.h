@@ -49,8 +49,9 @@ static inline float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16)
 static inline float widen(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // Inf, NaN
-  // 2^112 moves the exponent's bias from 15 to 127, and normalizes denormals on the way.
-  return from_bits(sign | to_bits(from_bits(rest << 13) * 0x1p112f));
+  // Without arithmetic on denormals, which the caller may have told the CPU to flush.
+  if (rest < 0x400) return from_bits(sign | to_bits(float(rest) * 0x1p-24f));
+  return from_bits(sign | ((rest << 13) + (112u << 23)));
 }
 
 // Round to nearest, ties to even; NaN stays a quiet NaN.

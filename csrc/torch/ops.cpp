@@ -123,7 +123,7 @@ int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * uni
 // (x, panels, scale, wsum, bias, k, activation, conv); without wsum for gemm_w8.
 template <bool kQuantized>
 void gemm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
+  Arguments arguments(stack, kQuantized ? "TTTTOIIP" : "TTTOIIP");
   const Tensor x = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
@@ -175,7 +175,7 @@ struct Index {
 
 // (x, values, columns, rows, cells, n, bias, k, activation, conv)
 void spmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
+  Arguments arguments(stack, "TTTTTIOIIP");
   const Tensor x = arguments.tensor();
   const Index index(arguments, aoti_torch_dtype_float32(), 1);
   const int64_t n = arguments.integer();
@@ -188,7 +188,7 @@ void spmm(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv)
 void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
+  Arguments arguments(stack, "TTTTTTTOIIP");
   const Tensor x = arguments.tensor();
   const Index index(arguments, aoti_torch_dtype_int8(), 4);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
@@ -205,10 +205,11 @@ void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x) -> (q, scale, zero)
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
+  Arguments arguments(stack, "T");
   const Tensor x = arguments.tensor();
   if (x.dim < 1) fail("x must have at least one dimension");
   const int64_t k = x.sizes[x.dim - 1];
+  if (k < 1) fail("x of shape " + x.shape() + " has rows of k=0 elements: nothing to quantize");
   const Input input(x, k, {});
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i-- > 0;)
@@ -232,7 +233,7 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, conv) -> rows
 void im2col(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
+  Arguments arguments(stack, "TL");
   const Tensor x = arguments.tensor();
   const Input input(x, 0, arguments.integers());
   if (!input.view.conv) fail("im2col needs the geometry of a convolution");

@@ -60,6 +60,7 @@ class Tensor {
     return n;
   }
   bool contiguous() const {
+    if (numel() == 0) return true;
     int64_t expected = 1;
     for (int64_t i = dim - 1; i >= 0; --i) {
       if (sizes[i] != 1 && strides[i] != expected) return false;
@@ -82,13 +83,35 @@ class Tensor {
   AtenTensorHandle handle_ = nullptr;
 };
 
-// Reads the arguments of one call off torch's stack, in order. What it takes it owns.
+// Reads the arguments of one call off torch's stack, in order. What it takes its caller owns; what
+// is left when a check fails is freed, by its kind: T tensor, O optional tensor, I integer, L list,
+// P optional list.
 class Arguments {
  public:
-  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  Arguments(StableIValue* stack, const char* kinds) : next_(stack), kinds_(kinds) {}
+  Arguments(const Arguments&) = delete;
+  ~Arguments() {
+    while (*kinds_) {
+      const char kind = *kinds_;
+      if (kind == 'T') {
+        aoti_torch_delete_tensor_object(take<AtenTensorHandle>());
+      } else if (kind == 'L') {
+        torch_delete_list(take<StableListHandle>());
+      } else if (kind == 'I') {
+        integer();
+      } else if (auto* box = take<StableIValue*>()) {
+        kind == 'O' ? aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*box))
+                    : torch_delete_list(reinterpret_cast<StableListHandle>(*box));
+        delete box;
+      }
+    }
+  }
 
-  int64_t integer() { return static_cast<int64_t>(*next_++); }
-  Tensor tensor() { return Tensor(reinterpret_cast<AtenTensorHandle>(*next_++)); }
+  int64_t integer() {
+    ++kinds_;
+    return static_cast<int64_t>(*next_++);
+  }
+  Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   Tensor weight(const char* name, int32_t dtype, int64_t count) {
     Tensor t = tensor();
     if (t.dtype != dtype || !t.contiguous() || (count >= 0 && t.numel() != count)) {
@@ -101,7 +124,7 @@ class Arguments {
   // An optional is null or a box on the heap that its reader frees.
   std::vector<Tensor> optional_bias(int64_t n) {
     std::vector<Tensor> bias;
-    if (auto* box = reinterpret_cast<StableIValue*>(*next_++)) {
+    if (auto* box = take<StableIValue*>()) {
       bias.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
       delete box;
       const Tensor& b = bias[0];
@@ -115,15 +138,20 @@ class Arguments {
   }
   std::vector<int64_t> optional_integers() {
     std::vector<int64_t> values;
-    if (auto* box = reinterpret_cast<StableIValue*>(*next_++)) {
+    if (auto* box = take<StableIValue*>()) {
       values = list(reinterpret_cast<StableListHandle>(*box));
       delete box;
     }
     return values;
   }
-  std::vector<int64_t> integers() { return list(reinterpret_cast<StableListHandle>(*next_++)); }
+  std::vector<int64_t> integers() { return list(take<StableListHandle>()); }
 
  private:
+  template <typename T>
+  T take() {
+    ++kinds_;
+    return reinterpret_cast<T>(*next_++);
+  }
   static std::vector<int64_t> list(StableListHandle handle) {
     size_t size = 0;
     std::vector<int64_t> values;
@@ -137,6 +165,7 @@ class Arguments {
     return values;
   }
   StableIValue* next_;
+  const char* kinds_;
 };
 
 }  // namespace gossamer
