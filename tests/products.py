@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ INT8_STEMS = ("gemm_int8", "spmm_int8")
 
 
 @cache
-def packed_case(stem: str, case: Case) -> Packed:
+def packed_case(stem: str, case: Case) -> Any:
+    """A `Packed`, whose buffers no type names."""
     return pack(case.weight(), testing.FORMATS[stem])
 
 
-def integers(packed: Packed) -> Tensor:
+def integers(packed: Any) -> Tensor:
     """The int8 weight (n, k) behind `unpack`, as float."""
     return (packed.unpack() / packed.scale[:, None]).round()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,9 +73,10 @@ def test_buffers_of_the_wrong_kind(stem: str) -> None:
     for n, k in ((40 * N, K), (N, K + 768), (N, 1), (1, K), (0, K), (N, 0), (-N, -K), (N, 65537)):
         with pytest.raises(ValueError):
             load(stem, buffers_of(stem), n, k)
-    for n, k in ((2**31, K), (2**70, K), ("40", K), (40.0, K), (N, None)):
+    sizes: list[Any] = [(2**31, K), (2**70, K), ("40", K), (40.0, K), (N, None)]
+    for n, k in sizes:
         with pytest.raises(ValueError, match="a weight has 1"):
-            load(stem, buffers_of(stem), n, k)  # type: ignore[arg-type]
+            load(stem, buffers_of(stem), n, k)
 
 
 def poke(name: str, place: tuple[int, ...], value: float) -> Callable[[dict[str, Tensor]], None]:
@@ -255,7 +257,7 @@ def test_a_damaged_state_dict_is_refused(stem: str, attack: Callable) -> None:
 def test_a_state_dict_without_all_buffers_changes_none() -> None:
     packed = load("spmm_int8", buffers_of("spmm_int8"))
     before = packed.unpack()
-    part = {"columns": torch.zeros_like(packed.columns)}
+    part = {"columns": torch.zeros_like(packed.get_buffer("columns"))}
     with pytest.raises(RuntimeError, match=r"Missing key.*values.*rows"):
         packed.load_state_dict(part)
     missing = packed.load_state_dict(part, strict=False).missing_keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from products import INT8_STEMS, STEMS, expected, integers, packed_case, same_bi
 from torch import Tensor
 
 from gossamer import _C, ops, reference, testing
-from gossamer.packed import Packed, pack
+from gossamer.packed import pack
 from gossamer.testing import CASES, Case, ImageCase, assert_close
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -134,7 +135,7 @@ def python_sums(name: str) -> list[list[int]]:
     return [[sum(map(operator.mul, row, w)) for w in weight] for row in rows]
 
 
-def packed_integers(name: str, stem: str, factor: Tensor | float = 1.0) -> Packed:
+def packed_integers(name: str, stem: str, factor: Tensor | float = 1.0) -> Any:
     packed = pack(WEIGHTS[name] * factor, testing.FORMATS[stem])
     assert torch.equal(integers(packed), WEIGHTS[name].float())
     return packed

@@ -72,7 +72,7 @@ def test_a_model_in_another_dtype(format: Format, dtype: torch.dtype) -> None:
     for name, buffer in cast.named_buffers():
         if "packed" in name:
             assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
-    assert cast[1].weight.dtype == dtype  # the rest of the model follows
+    assert cast.get_parameter("1.weight").dtype == dtype  # the rest of the model follows
     if dtype == torch.float64:
         with pytest.raises(TypeError, match=r"torch.float64: use float32"):
             cast(x.double())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def test_no_lane_overflows_and_no_weight_moves_far(array: np.ndarray, n: int) ->
 def test_the_scale_is_the_smallest_that_fits(format: formats.Format) -> None:
     # Full lanes need room for sums; a weight alone in its lane needs room for itself.
     for weight in (Case("scale", 1, 64, 40).weight().double(), torch.eye(40, 64).double()):
-        scale = pack(weight, format).scale.double()
+        scale = pack(weight, format).get_buffer("scale").double()
         lanes = torch.stack([lanes_of(row) for row in weight])
         sums = torch.stack([lanes.clamp(min=0).sum(2), -lanes.clamp(max=0).sum(2)]).amax((0, 2))
         need = torch.maximum(weight.abs().amax(1) / 127, sums / LANE_LIMIT)
@@ -79,7 +81,7 @@ def test_unpack_is_close_to_the_weight(case: Case) -> None:
     weight = case.weight()
     assert torch.equal(pack(weight, gs.Sparse()).unpack(), weight)
     for format in INT8_FORMATS:
-        packed = pack(weight, format)
+        packed: Any = pack(weight, format)
         got = packed.unpack()
         assert got.dtype == torch.float32 and got.is_contiguous()
         far = 0.75 + 2.0**-15 if weight.abs().max() > 1e-30 else 2.0**-113

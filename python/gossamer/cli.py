@@ -21,7 +21,7 @@ app = typer.Typer(
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the figures; - for stdout.")
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads to measure with.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with.")]
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def demo(
     """Train, prune, pack and compare a small CNN.
 
     It is pruned to 90 % in 1x4 blocks while it learns from the dense one, packed to sparse int8,
-    saved, loaded into a new model and measured: accuracy, size, latency. Takes about a minute.
+    saved, loaded into a new model and measured: accuracy, size, latency. Takes under a minute.
     """
     from rich.console import Console
 

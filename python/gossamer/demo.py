@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import machine
+from .bench import machine, threads
 from .checkpoint import load_, save
 from .compare import Comparison, compare
 from .compress import Layer, compress_, swap
@@ -52,7 +52,8 @@ class Settings:
 
     Args:
         seed: of the weights and of the order of the images; the test images are always the same.
-        threads: with which latency is measured. Training takes torch's own number.
+        threads: torch's, for all of it. With one, a seed gives the same weights on any number of
+            cores, and a core that others use too does not hold up the rest.
         dense_epochs, prune_epochs: passes over the training images, dense and then pruned.
         batch: images in a training step.
         sparsity: share of the weights that go, in blocks of 1x4.
@@ -111,7 +112,7 @@ def run(
             return run(settings, Path(temporary), console)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    with _bars(console) as progress:
+    with _bars(console) as progress, threads(settings.threads):
         stages = Stages(progress)
         data = digits()
         torch.manual_seed(settings.seed)
@@ -256,7 +257,6 @@ def _compare(
                     example_inputs=(x,),
                     evaluate=evaluate,
                     rounds=settings.rounds,
-                    threads=settings.threads,
                 )
             )
             tick()

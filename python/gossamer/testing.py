@@ -9,6 +9,7 @@ import contextlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -246,7 +247,8 @@ def _products(density: float, block: int) -> list[Case]:
     ]
 
 
-CASES: dict[str, list[Case] | list[ImageCase]] = {
+# Of Case, and for im2col of ImageCase.
+CASES: dict[str, list[Any]] = {
     "quantize_rows": [
         *(Case("tiny", m, k, 1) for m, k in enumerate(_TINY_K, 1)),
         *(Case("lengths", 2, k, 1) for k in (15, 18, 32, 47, 48, 49, 63, 65, 100)),
