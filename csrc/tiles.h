@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -68,8 +69,8 @@ int run(const Work& work, double macs, gossamer_parallel_for parallel_for, Body 
   struct Context {
     const Work& work;
     Body& body;
-    bool failed;
-  } context{work, body, false};
+    std::atomic<bool> failed;
+  } context{work, body, {false}};
   const gossamer_body each = [](int64_t begin, int64_t end, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     const int64_t units = c.work.units, per_image = ceil_div(c.work.rows, c.work.tile);

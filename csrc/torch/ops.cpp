@@ -109,6 +109,10 @@ template <typename Multiply>
 StableIValue product(const Tensor& x, Arguments& arguments, int64_t n, Multiply multiply) {
   const std::vector<Tensor> bias = arguments.optional_bias(n);
   const int64_t k = arguments.integer(), activation = arguments.integer();
+  if (activation < GOSSAMER_NONE || activation > GOSSAMER_SILU) {
+    fail("activation " + std::to_string(activation) +
+         " is unknown: use 0 (none), 1 (relu), 2 (gelu) or 3 (silu)");
+  }
   const Input input(x, k, arguments.optional_integers());
   Tensor y = result(x, input, n);
   const gossamer_output output{y.data, n, input.planar,

@@ -115,9 +115,9 @@ class Arguments {
   Tensor weight(const char* name, int32_t dtype, int64_t count) {
     Tensor t = tensor();
     if (t.dtype != dtype || !t.contiguous() || (count >= 0 && t.numel() != count)) {
-      fail(std::string(name) + " of shape " + t.shape() + " is not the contiguous buffer of " +
-           (count >= 0 ? std::to_string(count) + " elements " : "") +
-           "and of the dtype that packing makes");
+      fail(std::string(name) + " of shape " + t.shape() +
+           " is not what packing makes: contiguous, of its dtype" +
+           (count >= 0 ? " and of " + std::to_string(count) + " elements" : ""));
     }
     return t;
   }
