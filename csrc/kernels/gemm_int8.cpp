@@ -67,7 +67,7 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
   });
 }
 
-// The last `count` rows, fewer than MR.
+// The last `count` rows, fewer than MR and at most kGemmLastRows.
 template <int MR, int NP>
 void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossamer_int8& w,
                int64_t panel, const Destination& to) {
@@ -81,8 +81,8 @@ void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossame
 template <int NP>
 void columns(const QuantizedTile& x, const gossamer_int8& w, int64_t panel, const Destination& to) {
   int64_t row = 0;
-  for (; row + kGemmRows <= x.rows; row += kGemmRows) tile<kGemmRows, NP>(x, row, w, panel, to);
-  last_rows<kGemmRows, NP>(x.rows - row, x, row, w, panel, to);
+  for (; x.rows - row > kGemmLastRows; row += kGemmRows) tile<kGemmRows, NP>(x, row, w, panel, to);
+  last_rows<kGemmLastRows + 1, NP>(x.rows - row, x, row, w, panel, to);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ namespace avx2 {
 constexpr int kLanes = 8;
 // 3 rows x 2 vectors of sums, 4 of weights, 2 broadcasts, 2 products, ones: 15 of 16 registers.
 constexpr int kGemmRows = 3;
+constexpr int kGemmLastRows = 3;
 constexpr int kGemmPanels = 1;
 
 struct F32 {

@@ -14,6 +14,9 @@ constexpr int kLanes = 16;
 // 6 rows x 2 panels of sums, 4 of weights, 2 broadcasts: 18 of 32 registers. 8 rows fit too, but
 // gcc 12 then spills in the loop: 4.1 ms where this takes 3.6 (1024 rows, 384 -> 1536).
 constexpr int kGemmRows = 6;
+// 7 or 8 rows at the end go in one tile all the same: they read each panel once, and there memory
+// bounds.
+constexpr int kGemmLastRows = 8;
 constexpr int kGemmPanels = 2;
 
 struct F32 {

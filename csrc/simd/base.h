@@ -17,6 +17,7 @@ namespace base {
 constexpr int kLanes = 8;
 // Tile of gemm_int8: rows x panels whose sums stay in registers.
 constexpr int kGemmRows = 4;
+constexpr int kGemmLastRows = 4;
 constexpr int kGemmPanels = 1;
 
 struct F32 {
