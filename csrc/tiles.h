@@ -13,7 +13,7 @@
 
 namespace gossamer {
 
-// --- Scratch: one buffer a thread, kept between calls while it is small
+// Scratch: one buffer a thread, kept between calls while it is small.
 class Scratch {
  public:
   static constexpr int64_t kKept = int64_t{4} << 20;
@@ -43,7 +43,7 @@ class Scratch {
 
 inline thread_local Scratch scratch;
 
-// --- Work: tiles of rows x units of outputs
+// Work: tiles of rows x units of outputs.
 struct Work {
   int64_t images, rows;  // rows of one image; a matrix is one image
   int64_t tile;          // rows a tile, never more than there are

@@ -32,6 +32,13 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
   // pointer a row would spill.
   const uint8_t* rows[(MR + 2) / 3];
   for (int i = 0; i < (MR + 2) / 3; ++i) rows[i] = x.q + (row + 3 * i) * stride;
+  // The lines of y that the end of this tile writes are fetched while it multiplies.
+  const int64_t size = element_size(to.dtype);
+  for (int r = 0; r < MR; ++r) {
+    const char* y =
+        static_cast<const char*>(to.y) + ((row + r) * to.stride + panel * kPanel) * size;
+    for (int64_t line = 0; line < NP * kPanel * size; line += 64) prefetch(y + line);
+  }
   I32 sum[MR][kColumns];
   for (auto& line : sum)
     for (I32& s : line) s = set(int32_t{0});

@@ -28,7 +28,7 @@ static inline __m256i first(int count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-// --- Memory
+// Memory.
 static inline F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static inline F32 load(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -103,7 +103,7 @@ static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
 
-// --- Arithmetic
+// Arithmetic.
 static inline F32 set(float x) { return {_mm256_set1_ps(x)}; }
 static inline I32 set(int32_t x) { return {_mm256_set1_epi32(x)}; }
 static inline F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -133,7 +133,7 @@ static inline I32 signed_byte(I32 a) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
 
-// --- Across lanes
+// Across lanes.
 static inline float reduce_max(F32 a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));

@@ -28,7 +28,7 @@ struct I32 {
 
 static inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// --- Memory
+// Memory.
 static inline F32 widen(__m256i bits, BFloat16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
@@ -92,7 +92,7 @@ static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
 
-// --- Arithmetic
+// Arithmetic.
 static inline F32 set(float x) { return {_mm512_set1_ps(x)}; }
 static inline I32 set(int32_t x) { return {_mm512_set1_epi32(x)}; }
 static inline F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -122,7 +122,7 @@ static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
 
-// --- Across lanes
+// Across lanes.
 static inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }
 static inline float reduce_min(F32 a) { return _mm512_reduce_min_ps(a.v); }
 static inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
@@ -153,7 +153,7 @@ static inline void transpose(I32 (&r)[kLanes]) {
   }
 }
 
-// --- The int8 dot: one instruction for 64 products
+// The int8 dot: one instruction for 64 products.
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return {_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum.v, x0.v, w0.v), x1.v, w1.v)};
 }

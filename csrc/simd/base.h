@@ -116,7 +116,7 @@ static inline I32 set_word(const void* p) {
 // Hint: the line at p is read soon.
 static inline void prefetch(const void*) {}
 
-// --- Arithmetic
+// Arithmetic.
 static inline F32 set(float x) {
   return each<F32>([&](int) { return x; });
 }
@@ -186,7 +186,7 @@ static inline I32 signed_byte(I32 a) {
   return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
 }
 
-// --- Across lanes
+// Across lanes.
 static inline float reduce_max(F32 a) {
   float r = a.v[0];
   for (int i = 1; i < kLanes; ++i) r = a.v[i] > r ? a.v[i] : r;
