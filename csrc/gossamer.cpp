@@ -157,7 +157,8 @@ extern "C" int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y)) return status;
   const int64_t chunk = chunk_rows(index.n);
-  const Work work = work_of(*x, kSparseInt8Lanes, chunk_count(index.n));
+  const int64_t rows = index.k <= active_kernels()->wide_k ? kMaxLanes : kNarrowLanes;
+  const Work work = work_of(*x, rows, chunk_count(index.n));
   const Quantizer quantize(*x, index.k, work);
   return run(work, macs_of(work, double(index.entries)), parallel_for, [&](const Tile& tile) {
     Sink sink(*x, *y, index.n);

@@ -55,6 +55,8 @@ using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, 
 
 struct Kernels {
   const char* isa;
+  // Up to this k, spmm_int8 is faster on tiles of 64 rows than of 32.
+  int64_t wide_k;
   QuantizeRows* quantize_rows;
   GemmInt8* gemm_int8;
   GemmW8* gemm_w8;
@@ -63,10 +65,10 @@ struct Kernels {
   Im2col* im2col;
 };
 
-// Most rows in a tile: of gemm_w8 and spmm, and of spmm_int8 (whose panel has words for floats, see
-// layout.h).
+// Most rows in a tile of gemm_w8 and of the sparse kernels.
 constexpr int64_t kMaxLanes = 64;
-constexpr int64_t kSparseInt8Lanes = 32;
+// Rows in a tile of spmm_int8, see Kernels::wide_k.
+constexpr int64_t kNarrowLanes = 32;
 
 static inline int64_t gemm_w8_scratch(int64_t k) {
   return round_up(k, kStep) * (kPanel + kMaxLanes) * 4;
@@ -75,7 +77,7 @@ static inline int64_t spmm_scratch(int64_t n, int64_t k) {
   return (k + chunk_rows(n)) * kMaxLanes * 4;
 }
 static inline int64_t spmm_int8_scratch(int64_t n, int64_t k) {
-  return (ceil_div(k, 4) + chunk_rows(n)) * kSparseInt8Lanes * 4;
+  return (ceil_div(k, 4) + chunk_rows(n)) * kMaxLanes * 4;
 }
 
 namespace base {

@@ -1,16 +1,17 @@
 // quantize_rows: each row of x to unsigned bytes, with a scale and an exact zero point of its own.
 //
-//   low = min(x, 0)   high = max(x, 0)   scale = high / 255 - low / 255   zero = round(-low /
-//   scale) q = clamp(round(x / scale) + zero, 0, 255)      x ~ (q - zero) * scale
+//   low = min(x, 0)  high = max(x, 0)  scale = high / 255 - low / 255  zero = round(-low / scale)
+//   q = clamp(round(x / scale) + zero, 0, 255)           x ~ (q - zero) * scale
 //
-//   x      rows x k    float32, bfloat16 or float16; a row is contiguous
-//   q      rows x q_stride   u8; bytes k .. q_stride are 0
-//   scale  rows        float32; NaN when the row holds a NaN or an Inf, so that its results are NaN
-//   zero   rows        int32, 0 .. 255
+//   x      rows x k         float32, bfloat16 or float16; a row is contiguous
+//   q      rows x q_stride  u8; bytes k .. q_stride are 0
+//   scale  rows             float32; NaN for a row that holds a NaN or an Inf: its results are NaN
+//   zero   rows             int32, 0 .. 255
 //
-// Two passes over a row, which L1 holds for k <= 8192; the tail of a row is one masked step.
-// Numerics: 1/scale once, then mul, round-half-even: the same bits on every Isa. A scale under
-// 2^-126 (all zeros, or denormals only) is raised to it: 1/scale stays finite and the error is
+// Two passes over a row, which L1 holds for k <= 8192.
+// Tails: the end of a row is one masked step.
+// Numerics: 1 / scale once, then mul and round-half-even: the same bits on every Isa. A scale under
+// 2^-126 (all zeros, or denormals only) is raised to it: 1 / scale stays finite and the error is
 // below 2^-127 an element.
 
 #include "epilogue.h"

@@ -1,18 +1,22 @@
 // spmm: y = act(x @ w^T + bias), w sparse without structure, all in fp32.
 //
-//   x       rows x k      float32, bfloat16 or float16; rows <= T
-//   w       gossamer_sparse: blocks of 96 columns x chunks of about 512 outputs, rows of a cell
-//   sorted by length panel   [k][T] float  scratch: x transposed, rows in lanes sums    [chunk][T]
-//   scratch y       rows x n      see epilogue.h
+//   x      rows x k          float32, bfloat16 or float16; rows <= T
+//   w      gossamer_sparse   blocks of 96 columns x chunks of about 512 outputs; the rows of a cell
+//                            sorted by length
+//   panel  [k][T] float      scratch: x transposed, rows in lanes
+//   sums   [chunk][T] float  scratch
+//   y      rows x n          see epilogue.h
 //
 // One entry = one broadcast and T/8 multiply-adds whose operand comes from the panel: 8 independent
 // sums at T = 64 hide the latency of 4 at two a cycle. Narrower panels take R rows of equal length
 // together, to have as many. The first entry multiplies and the sums so far are added at the end:
 // no zeroing, no load before the chain starts. Rows of a cell are sorted by length: the exit of the
-// inner loop is predicted, and R equal rows are neighbours. Tails: lanes past the last row hold
-// zeros and are not written; outputs by the masked store. Numerics: fp32, entries of a row in
-// order, blocks in order: error <= k eps (|x| @ |w|^T), and the same bits for any split over
-// threads and any number of rows.
+// inner loop is predicted, and R equal rows are neighbours.
+//
+// Registers: 8 sums, a broadcast; the panel is a memory operand.
+// Tails: lanes past the last row hold zeros and are not written; outputs by the masked store.
+// Numerics: fp32, entries of a row in order, blocks in order: error <= k eps (|x| @ |w|^T), and the
+// same bits for any split over threads and any number of rows.
 
 #include "lanes.h"
 

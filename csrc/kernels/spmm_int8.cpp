@@ -64,7 +64,7 @@ void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
 void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
                const Destination& to, void* scratch) {
   int32_t* panel = static_cast<int32_t*>(scratch);
-  const int64_t lanes = lanes_for(x.rows, kSparseInt8Lanes);
+  const int64_t lanes = lanes_for(x.rows, kMaxLanes);
   pack_lanes(x.rows, ceil_div(w.index.k, 4), lanes, panel,
              [&](int64_t row, int64_t column, int count) {
                const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
@@ -75,8 +75,10 @@ void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
       return chunks_of<1>(x, w, chunks, to, panel);
     case 2:
       return chunks_of<2>(x, w, chunks, to, panel);
+    case 4:
+      return chunks_of<4>(x, w, chunks, to, panel);
     default:
-      return chunks_of<kSparseInt8Lanes / kLanes>(x, w, chunks, to, panel);
+      return chunks_of<kMaxLanes / kLanes>(x, w, chunks, to, panel);
   }
 }
 

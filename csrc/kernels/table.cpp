@@ -16,8 +16,14 @@ Spmm spmm;
 SpmmInt8 spmm_int8;
 Im2col im2col;
 
-const Kernels kernels = {
-    GOSSAMER_TEXT(GOSSAMER_ISA), quantize_rows, gemm_int8, gemm_w8, spmm, spmm_int8, im2col};
+const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
+                         kWideK,
+                         quantize_rows,
+                         gemm_int8,
+                         gemm_w8,
+                         spmm,
+                         spmm_int8,
+                         im2col};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

@@ -15,6 +15,8 @@ constexpr int kLanes = 8;
 constexpr int kGemmRows = 3;
 constexpr int kGemmLastRows = 3;
 constexpr int kGemmPanels = 1;
+// Kernels::wide_k.
+constexpr int64_t kWideK = 384;
 
 struct F32 {
   __m256 v;

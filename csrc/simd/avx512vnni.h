@@ -18,6 +18,8 @@ constexpr int kGemmRows = 6;
 // bounds.
 constexpr int kGemmLastRows = 8;
 constexpr int kGemmPanels = 2;
+// Kernels::wide_k.
+constexpr int64_t kWideK = kMaxK;
 
 struct F32 {
   __m512 v;

@@ -19,6 +19,8 @@ constexpr int kLanes = 8;
 constexpr int kGemmRows = 4;
 constexpr int kGemmLastRows = 4;
 constexpr int kGemmPanels = 1;
+// Kernels::wide_k.
+constexpr int64_t kWideK = 384;
 
 struct F32 {
   float v[kLanes];

@@ -51,7 +51,7 @@ class Run {
               [&](const QuantizedTile& x, const Destination& to, void*) {
                 table_.gemm_int8(x, operands_.int8(), panels, to);
               });
-    quantized(Arithmetic::kSparseInt8, kSparseInt8Lanes, spmm_int8_scratch(n, k),
+    quantized(Arithmetic::kSparseInt8, kMaxLanes, spmm_int8_scratch(n, k),
               [&](const QuantizedTile& x, const Destination& to, void* scratch) {
                 table_.spmm_int8(x, operands_.sparse_int8(), chunks, to, scratch);
               });
