@@ -1,17 +1,19 @@
 // gemm_int8: y = act(dequantize(q @ w^T) + bias), u8 activations times s8 weights, dense.
 //
-//   q       rows x stride        u8, rows padded with anything to a multiple of 8 (the weights
-//   there are 0) panels  (n/16, k/4, 16, 4)   s8: 16 outputs x 4 inputs, 64 bytes, a step; an even
-//   number of steps y       rows x n             see epilogue.h
+//   q       rows x stride       u8; rows padded with anything to a multiple of 8 (weights are 0)
+//   panels  (n/16, k/4, 16, 4)  s8: 16 outputs x 4 inputs, 64 bytes, a step; an even number of steps
+//   y       rows x n            see epilogue.h
 //
-// Tile: kGemmRows rows x kGemmPanels panels, all of k in one go, so sums leave their registers
-// once. Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16 bits
-// ("depth 4"): a 256-bit Isa needs 4 MR of vpmaddubsw, 2 MR of vpmaddwd and 4 MR of adds for MR x
-// 16 x 8 MACs. At two multiplies a cycle that is 42.7 MACs a cycle, whatever MR; MR only has to
-// make loads (2 a cycle) scarcer than multiplies: 4 weights + 2 MR broadcasts < 2 * 3 MR.
-// Registers: MR x NP x 16/kLanes sums, the weights of a turn, two broadcasts. Tails: rows by a
-// smaller MR, outputs by the masked store of epilogue.h (panels are padded with zeros). Numerics:
-// exact in int32 for k <= 65536.
+// Tile: MR = kGemmRows rows x NP = kGemmPanels panels, all of k in one go: sums leave their
+// registers once. Two steps (8 inputs) a turn, because dot() adds the products of two steps in 16
+// bits ("depth 4"). A 256-bit Isa needs, for MR x 16 x 8 MACs,
+//
+//   4 MR vpmaddubsw + 2 MR vpmaddwd at two a cycle  = 3 MR cycles  42.7 MACs a cycle, whatever MR
+//   4 weights + 2 MR broadcasts     at two a cycle  = MR + 2       so MR > 1 hides the loads
+//
+// Registers: MR x NP x 16/kLanes sums, the weights of a turn, two broadcasts: see simd/<isa>.h.
+// Tails: rows by a smaller MR, outputs by the masked store (panels are padded with zeros).
+// Numerics: exact in int32 for k <= 65536.
 
 #include "epilogue.h"
 

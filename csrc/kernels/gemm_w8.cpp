@@ -1,15 +1,15 @@
-// gemm_w8: y = act((x @ w^T) * scale + bias), fp32 activations times s8 weights ("weight-only
-// int8").
+// gemm_w8: y = act((x @ w^T) * scale + bias), fp32 activations times s8 weights: weight-only int8.
 //
 //   x       rows x k             float32, bfloat16 or float16
 //   panels  (n/16, k/4, 16, 4)   s8, as in gemm_int8
 //   y       rows x n             see epilogue.h
 //
 // A panel is widened once into scratch (k x 16 floats), then multiplied by all rows of the tile in
-// MR x 16 tiles of fp32: 12 sums, 2 weights and a broadcast in 16 registers. 16-bit rows are
-// widened into scratch first. Tails: rows by a smaller MR, inputs by the zeros that pad a panel,
-// outputs by the masked store. Numerics: fp32 multiply-adds in the order of k, error <= k eps (|x|
-// @ |w|^T).
+// tiles of MR x 16. 16-bit rows are widened into scratch first.
+//
+// Registers: 6 rows x 2 vectors of sums, 2 weights, a broadcast: 15 of 16 on AVX2.
+// Tails: rows by a smaller MR, inputs by the zeros that pad a panel, outputs by the masked store.
+// Numerics: fp32 multiply-adds in the order of k, error <= k eps (|x| @ |w|^T).
 
 #include "epilogue.h"
 

@@ -1,13 +1,12 @@
-// im2col: rows[pixel][(tap_h, tap_w, channel)] = image[pixel's place under that tap][channel], 0
-// (or pad) outside.
+// im2col: rows[pixel][tap_h, tap_w, channel] = image[pixel's place under that tap][channel], or pad.
 //
-//   image   height x width x channels                       elements of 1, 2 or 4 bytes, channels
-//   innermost rows    pixels x (kernel_h * kernel_w * channels up to 4)   the channels added by
-//   rounding up hold pad
+//   image  height x width x channels     elements of 1, 2 or 4 bytes, channels innermost
+//   rows   pixels x (kernel_h * kernel_w * channels up to 4); added channels hold pad
 //
 // A tap is one copy of all channels; taps of one kernel row that touch (dilation 1, channels a
-// multiple of 4, no padding under them) are one copy together. Numerics: moves bytes only. pad is a
-// byte: the zero point of a quantized image, 0 for floats.
+// multiple of 4, no padding under them) are one copy together.
+// Tails: none.
+// Numerics: moves bytes only. pad is a byte: the zero point of a quantized image, 0 for floats.
 
 #include "epilogue.h"
 

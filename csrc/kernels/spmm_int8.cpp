@@ -1,18 +1,21 @@
 // spmm_int8: y = act(dequantize(q @ w^T) + bias), w int8 in blocks of 1 output x 4 inputs.
 //
-//   q       rows x stride           u8, rows <= T, padded with zeros to a multiple of 8 bytes
-//   w       gossamer_sparse_int8: blocks of 192 columns (of 4 inputs) x chunks of about 512
-//   outputs; the rows
-//           of a cell have an even number of entries and are sorted by it
-//   panel   [k/4][T] words of 4 u8  scratch: q transposed, rows in lanes
-//   sums    [chunk][T] int32        scratch
-//   y       rows x n                see epilogue.h
+//   q      rows x stride         u8, rows <= T, padded with zeros to a multiple of 8 bytes
+//   w      gossamer_sparse_int8  blocks of 192 columns (of 4 inputs) x chunks of about 512 outputs;
+//                                the rows of a cell sorted by their even number of entries
+//   panel  [k/4][T] words        scratch: q transposed, rows in lanes, a word = 4 u8
+//   sums   [chunk][T] int32      scratch
+//   y      rows x n              see epilogue.h
 //
 // Two entries a turn, which dot() adds in 16 bits ("depth 4"): two broadcasts, then for 8 rows two
-// loads, two vpmaddubsw, one vpmaddwd and two adds. 64 products for 3 multiplies, at two a
-// cycle 42.7 MACs a cycle. T = 32: a block's panel is 24 KB and stays in L1; 4 sums, 2 weights and
-// 1 of ones leave 9 registers. Tails: lanes past the last row hold zeros and are not written;
-// outputs by the masked store. Numerics: exact in int32 for k <= 65536.
+// loads, two vpmaddubsw, one vpmaddwd and two adds. 64 products for 3 multiplies at two a cycle are
+// 42.7 MACs a cycle. At T = 32 a block's panel is 24 KB and stays in L1. T = 64 halves the visits
+// of a row, which pays where all of k fits in L1 (3x3 convolution of 32 channels: 1.1x) or where
+// wide registers let L2 keep up (avx512vnni: 1.1x; avx2 loses 7 % at k = 768): Kernels::wide_k.
+//
+// Registers: T / kLanes sums, 2 weights, ones.
+// Tails: lanes past the last row hold zeros and are not written; outputs by the masked store.
+// Numerics: exact in int32 for k <= 65536.
 
 #include "lanes.h"
 
