@@ -1,7 +1,7 @@
 // gemm_int8: y = act(dequantize(q @ w^T) + bias), u8 activations times s8 weights, dense.
 //
 //   q       rows x stride       u8; rows padded with anything to a multiple of 8 (weights are 0)
-//   panels  (n/16, k/4, 16, 4)  s8: 16 outputs x 4 inputs, 64 bytes, a step; an even number of steps
+//   panels  (n/16, k/4, 16, 4)  s8: 16 outputs x 4 inputs, 64 bytes, a step; even number of steps
 //   y       rows x n            see epilogue.h
 //
 // Tile: MR = kGemmRows rows x NP = kGemmPanels panels, all of k in one go: sums leave their

@@ -1,4 +1,4 @@
-// im2col: rows[pixel][tap_h, tap_w, channel] = image[pixel's place under that tap][channel], or pad.
+// im2col: rows[pixel][tap_h, tap_w, channel] = image[the pixel's place under it][channel], or pad.
 //
 //   image  height x width x channels     elements of 1, 2 or 4 bytes, channels innermost
 //   rows   pixels x (kernel_h * kernel_w * channels up to 4); added channels hold pad
