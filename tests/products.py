@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -50,13 +48,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     word = torch.int32 if a.dtype == torch.float32 else torch.int16
     a, b = (torch.where(t.isnan(), 0.0, t).contiguous().view(word) for t in (a, b))
     return torch.equal(a, b)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

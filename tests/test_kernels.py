@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from products import INT8_STEMS, STEMS, expected, integers, packed_case, same_bits, threads
+from products import INT8_STEMS, STEMS, expected, integers, packed_case, same_bits
 from torch import Tensor
 
 from gossamer import _C, ops, reference, testing
 from gossamer.packed import pack
 from gossamer.testing import CASES, Case, ImageCase, assert_close
+from gossamer.timing import threads
 
 HALVES = [torch.bfloat16, torch.float16]
 PRODUCTS = [pytest.param(stem, c, id=f"{stem}-{c}") for stem in STEMS for c in CASES[stem]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from products import INT8_STEMS, STEMS, expected, same_bits, threads
+from products import INT8_STEMS, STEMS, expected, same_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +15,7 @@ from gossamer import layers, ops, reference, testing
 from gossamer.formats import Format
 from gossamer.packed import pack
 from gossamer.testing import FORMATS, Case, assert_close
+from gossamer.timing import threads
 
 EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 

@@ -6,8 +6,7 @@ import copy
 import platform
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .layers import Linear
 from .prune import prune_
 from .report import in_bytes, render
 from .testing import NAMED_LAYERS, assert_close
+from .timing import threads
 
 FORMATS: dict[str, Format] = {
     "int8": Int8(),
@@ -120,17 +120,6 @@ class _Runner:
     kernel: str
     weights: int
     weight_bytes: int
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Within: torch computes with `count` threads; after: with as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def linear(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import timing
 from .checkpoint import save
 from .report import in_bytes, render
 from .timing import Call, eval_mode, forward, interleave
@@ -160,7 +161,7 @@ def compare(
     models = _named(a, b, names)
     if any(count is not None and count < 1 for count in (rounds, threads)):
         raise ValueError(f"rounds={rounds} and threads={threads} must be at least 1")
-    with eval_mode(*models.values()), _threads(threads):
+    with eval_mode(*models.values()), timing.threads(threads):
         calls = [_call(model, example_inputs) for model in models.values()]
         if rounds is None:
             warm = interleave(calls, rounds=1)
@@ -190,16 +191,6 @@ def _named(a: object, b: object, names: Sequence[str]) -> dict[str, nn.Module]:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{name!r} must be an nn.Module, got {type(model).__name__}")
     return models
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count or before)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> Call:

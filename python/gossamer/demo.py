@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import machine, threads
+from .bench import machine
 from .checkpoint import load_, save
 from .compare import Comparison, compare
 from .compress import Layer, compress_, swap
@@ -28,7 +28,7 @@ from .formats import Format, Int8, SparseInt8
 from .layers import LAYERS
 from .prune import Cubic, Pruner
 from .report import Report, Row, in_bytes, render
-from .timing import eval_mode
+from .timing import eval_mode, threads
 
 FILE = "sparse_int8.safetensors"
 BATCHES = (1, 64)

@@ -34,6 +34,17 @@ def forward(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within: torch computes with `count` threads (None: as many as now); after: as before."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Within: all modules in eval mode and no gradients; after: each module's own mode again."""
     modes = [(module, module.training) for model in models for module in model.modules()]
