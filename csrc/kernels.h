@@ -71,7 +71,7 @@ constexpr int64_t kMaxLanes = 64;
 constexpr int64_t kNarrowLanes = 32;
 
 static inline int64_t gemm_w8_scratch(int64_t k) {
-  return round_up(k, kStep) * (kPanel + kMaxLanes) * 4;
+  return k * kMaxLanes * 4;
 }
 static inline int64_t spmm_scratch(int64_t n, int64_t k) {
   return (k + chunk_rows(n)) * kMaxLanes * 4;

@@ -23,6 +23,8 @@ namespace {
 
 constexpr int kVecs = kPanel / kLanes;
 constexpr int kAhead = 1024;
+// Panels that one row walks at once: each is a stream of its own to the prefetcher.
+constexpr int kOneRowPanels = 4;
 
 template <int MR, int NP>
 void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t panel,
@@ -34,6 +36,12 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
   // pointer a row would spill.
   const uint8_t* rows[(MR + 2) / 3];
   for (int i = 0; i < (MR + 2) / 3; ++i) rows[i] = x.q + (row + 3 * i) * stride;
+  // One tile of rows reads its panels from memory: fetch kAhead, faster than the hardware follows.
+  // Where more tiles follow, the first two fetch a half each of the next panels meanwhile.
+  const bool alone = x.rows <= kGemmLastRows;
+  const int8_t* ahead =
+      alone ? weights + kAhead : weights + NP * panel_bytes + (row ? panel_bytes / 2 : 0);
+  const bool fetch = row <= kGemmRows;
   // The lines of y that the end of this tile writes are fetched while it multiplies.
   const int64_t size = element_size(to.dtype);
   for (int r = 0; r < MR; ++r) {
@@ -49,8 +57,10 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
     I32 w0[kColumns], w1[kColumns];
     for (int v = 0; v < kColumns; ++v) {
       const int8_t* from = weights + v / kVecs * panel_bytes + v % kVecs * kLanes * 4;
-      // The first rows read a panel from L3 or memory, faster than the hardware prefetcher follows.
-      if (v % kVecs == 0 && row == 0) prefetch(from + kAhead), prefetch(from + kAhead + 64);
+      if (v % kVecs == 0 && fetch) {
+        prefetch(ahead + v / kVecs * panel_bytes);
+        if (alone) prefetch(ahead + v / kVecs * panel_bytes + 64);
+      }
       w0[v] = load_words(from);
       w1[v] = load_words(from + 4 * kPanel);
     }
@@ -60,6 +70,7 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
       for (int v = 0; v < kColumns; ++v) sum[r][v] = dot(sum[r][v], x0, w0[v], x1, w1[v]);
     }
     for (const uint8_t*& q : rows) q += kStep;
+    ahead += alone ? 128 : 64;
   }
 
   by_dtype(to.dtype, [&](auto type) {
@@ -99,6 +110,9 @@ void columns(const QuantizedTile& x, const gossamer_int8& w, int64_t panel, cons
 void gemm_int8(const QuantizedTile& x, const gossamer_int8& w, Range panels,
                const Destination& to) {
   int64_t p = panels.begin;
+  for (; x.rows == 1 && p + kOneRowPanels <= panels.end; p += kOneRowPanels) {
+    tile<1, kOneRowPanels>(x, 0, w, p, to);
+  }
   for (; p + kGemmPanels <= panels.end; p += kGemmPanels) columns<kGemmPanels>(x, w, p, to);
   for (; p < panels.end; ++p) columns<1>(x, w, p, to);
 }
