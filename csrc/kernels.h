@@ -70,9 +70,7 @@ constexpr int64_t kMaxLanes = 64;
 // Rows in a tile of spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
 
-static inline int64_t gemm_w8_scratch(int64_t k) {
-  return k * kMaxLanes * 4;
-}
+static inline int64_t gemm_w8_scratch(int64_t k) { return k * kMaxLanes * 4; }
 static inline int64_t spmm_scratch(int64_t n, int64_t k) {
   return (k + chunk_rows(n)) * kMaxLanes * 4;
 }
