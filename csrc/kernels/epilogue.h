@@ -113,6 +113,13 @@ static inline float illness(const T* x, int64_t k) {
   return reduce_add(bad);
 }
 
+template <typename T>
+static inline void widen_row(const T* x, int64_t k, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) store(out + i, load(x + i));
+  if (i < k) store_first(out + i, load_first(x + i, lanes_left(k, i)), lanes_left(k, i));
+}
+
 template <typename Body>
 static inline void by_dtype(gossamer_dtype dtype, Body body) {
   switch (dtype) {

@@ -94,12 +94,8 @@ void last_rows(int64_t count, const Rows& x, int64_t row, const gossamer_int8& w
 
 template <typename T>
 void widen_rows(const FloatTile& x, int64_t k, float* out) {
-  for (int64_t r = 0; r < x.rows; ++r, out += k) {
-    const T* row = static_cast<const T*>(x.x) + r * x.stride;
-    int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes) store(out + i, load(row + i));
-    if (i < k) store_first(out + i, load_first(row + i, lanes_left(k, i)), lanes_left(k, i));
-  }
+  for (int64_t r = 0; r < x.rows; ++r)
+    widen_row(static_cast<const T*>(x.x) + r * x.stride, k, out + r * k);
 }
 
 }  // namespace

@@ -59,6 +59,42 @@ static inline void write_lanes(const int32_t* sums, int64_t lanes, int64_t rows,
   });
 }
 
+// A cell against one row of x: four entries of an output at a time, whose sums stay apart in
+// sums[output][4]. Word is float or int32_t (four u8); combine(sum, x, values) adds the products.
+template <typename Word, typename Value, typename Combine>
+static inline void quad_cell(const Word* x, const Value* values, const uint8_t* columns,
+                             const Cell& c, Word* sums, Combine combine) {
+  constexpr int kValues = 4 / sizeof(Value);
+  for (int64_t r = 0; r < c.count; ++r) {
+    Word* to = sums + c.rows[2 * r] * 4;
+    int64_t left = c.rows[2 * r + 1];
+    auto sum = load_quad<4>(to);
+    for (; left >= 4; left -= 4, values += 4 * kValues, columns += 4)
+      sum = combine(sum, pick_quad<4>(x, columns), load_quad<4>(values));
+    if (left == 1) sum = combine(sum, pick_quad<1>(x, columns), load_quad<1>(values));
+    if (left == 2) sum = combine(sum, pick_quad<2>(x, columns), load_quad<2>(values));
+    if (left == 3) sum = combine(sum, pick_quad<3>(x, columns), load_quad<3>(values));
+    values += left * kValues;
+    columns += left;
+    store_quad(to, sum);
+  }
+}
+
+// Writes sums[output][4] of a chunk to the one row of y; value(outputs, sums) as in write_lanes.
+template <typename Word, typename MakeValue>
+static inline void write_quads(const Word* sums, int64_t n, Range range, const Destination& to,
+                               MakeValue make_value) {
+  by_dtype(to.dtype, [&](auto type) {
+    for (int64_t o = range.begin; o < range.end; o += kLanes) {
+      const Outputs outputs(to, n, o);
+      Word line[kLanes];
+      for (int i = 0; i < kLanes; ++i, sums += 4)
+        line[i] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      write<decltype(type)>(to, 0, outputs, make_value(outputs)(load(line), 0));
+    }
+  });
+}
+
 // The narrowest panel for `rows` rows, at most `most` lanes.
 static inline int64_t lanes_for(int64_t rows, int64_t most) {
   int64_t lanes = kLanes;

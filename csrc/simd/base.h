@@ -240,5 +240,55 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   });
 }
 
+// Four words, for a product of one row: it has no rows to fill lanes with. kCount < 4 fills the first
+// ones, the others are 0.
+struct F4 {
+  float v[4];
+};
+struct I4 {
+  int32_t v[4];
+};
+template <int kCount>
+static inline F4 load_quad(const float* p) {
+  F4 r = {};
+  memcpy(r.v, p, kCount * 4);
+  return r;
+}
+template <int kCount>
+static inline I4 load_quad(const void* p) {
+  I4 r = {};
+  memcpy(r.v, p, kCount * 4);
+  return r;
+}
+static inline void store_quad(float* p, F4 a) { memcpy(p, a.v, sizeof a); }
+static inline void store_quad(int32_t* p, I4 a) { memcpy(p, a.v, sizeof a); }
+// The words at[0], at[1], .. of x.
+template <int kCount>
+static inline F4 pick_quad(const float* x, const uint8_t* at) {
+  F4 r = {};
+  for (int i = 0; i < kCount; ++i) r.v[i] = x[at[i]];
+  return r;
+}
+template <int kCount>
+static inline I4 pick_quad(const void* x, const uint8_t* at) {
+  I4 r = {};
+  for (int i = 0; i < kCount; ++i) memcpy(r.v + i, static_cast<const char*>(x) + 4 * at[i], 4);
+  return r;
+}
+// As muladd, and as dot for one word each; the words of packed weights may sum their products in 16
+// bits.
+static inline F4 muladd(F4 a, F4 b, F4 c) {
+  for (int i = 0; i < 4; ++i) c.v[i] = a.v[i] * b.v[i] + c.v[i];
+  return c;
+}
+static inline I4 dot(I4 sum, I4 x, I4 w) {
+  for (int i = 0; i < 4; ++i) {
+    for (int byte = 0; byte < 4; ++byte)
+      sum.v[i] +=
+          int32_t(uint8_t(uint32_t(x.v[i]) >> 8 * byte)) * int8_t(uint32_t(w.v[i]) >> 8 * byte);
+  }
+  return sum;
+}
+
 }  // namespace base
 }  // namespace gossamer
