@@ -97,16 +97,17 @@ extern "C" int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* 
   const int64_t panels = ceil_div(w->n, kPanel);
   const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
   const Quantizer quantize(*x, w->k, work);
-  return run(work, macs_of(work, double(w->n) * double(w->k)), parallel_for, [&](const Tile& tile) {
-    Sink sink(*x, *y, w->n);
-    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
-    if (!arena.next) return false;
-    const QuantizedTile rows = quantize(tile, arena);
-    const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_int8(rows, *w, range, sink.open(tile, arena));
-    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-    return true;
-  });
+  return run(work, macs_of(work, double(w->n) * double(w->k)), Even(), parallel_for,
+             [&](const Tile& tile) {
+               Sink sink(*x, *y, w->n);
+               Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
+               if (!arena.next) return false;
+               const QuantizedTile rows = quantize(tile, arena);
+               const Range range = panel_range(tile.units, panels);
+               active_kernels()->gemm_int8(rows, *w, range, sink.open(tile, arena));
+               sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+               return true;
+             });
 }
 
 extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
@@ -115,19 +116,20 @@ extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
   if (const int status = check(x, w->n, w->k, y)) return status;
   const int64_t panels = ceil_div(w->n, kPanel);
   const Work work = work_of(*x, kMaxLanes, ceil_div(panels, kUnitPanels));
-  return run(work, macs_of(work, double(w->n) * double(w->k)), parallel_for, [&](const Tile& tile) {
-    Sink sink(*x, *y, w->n);
-    const int64_t own = gemm_w8_scratch(w->k);
-    Arena arena{
-        scratch.reserve(float_tile_bytes(*x, w->k, work.tile) + own + sink.bytes(work.tile))};
-    if (!arena.next) return false;
-    char* panel = arena.take(own);
-    const FloatTile rows = float_tile(*x, w->k, tile, arena);
-    const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_w8(rows, *w, range, sink.open(tile, arena), panel);
-    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-    return true;
-  });
+  return run(work, macs_of(work, double(w->n) * double(w->k)), Even(), parallel_for,
+             [&](const Tile& tile) {
+               Sink sink(*x, *y, w->n);
+               const int64_t own = gemm_w8_scratch(w->k);
+               Arena arena{scratch.reserve(float_tile_bytes(*x, w->k, work.tile) + own +
+                                           sink.bytes(work.tile))};
+               if (!arena.next) return false;
+               char* panel = arena.take(own);
+               const FloatTile rows = float_tile(*x, w->k, tile, arena);
+               const Range range = panel_range(tile.units, panels);
+               active_kernels()->gemm_w8(rows, *w, range, sink.open(tile, arena), panel);
+               sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+               return true;
+             });
 }
 
 extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
@@ -137,7 +139,10 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
   if (const int status = check(x, index.n, index.k, y)) return status;
   const int64_t chunk = chunk_rows(index.n);
   const Work work = work_of(*x, kMaxLanes, chunk_count(index.n));
-  return run(work, macs_of(work, double(index.entries)), parallel_for, [&](const Tile& tile) {
+  // An fp32 multiply-add takes twice an int8 one.
+  const double macs = macs_of_lanes(work, 2 * double(index.entries));
+  const ByEntries before{index, ceil_div(index.k, kBlockFloats)};
+  return run(work, macs, before, parallel_for, [&](const Tile& tile) {
     Sink sink(*x, *y, index.n);
     const int64_t own = spmm_scratch(index.n, index.k);
     Arena arena{
@@ -160,7 +165,9 @@ extern "C" int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse
   const int64_t rows = index.k <= active_kernels()->wide_k ? kMaxLanes : kNarrowLanes;
   const Work work = work_of(*x, rows, chunk_count(index.n));
   const Quantizer quantize(*x, index.k, work);
-  return run(work, macs_of(work, double(index.entries)), parallel_for, [&](const Tile& tile) {
+  const double macs = macs_of_lanes(work, 4 * double(index.entries));
+  const ByEntries before{index, ceil_div(ceil_div(index.k, 4), kBlockWords)};
+  return run(work, macs, before, parallel_for, [&](const Tile& tile) {
     Sink sink(*x, *y, index.n);
     const int64_t own = spmm_int8_scratch(index.n, index.k);
     Arena arena{scratch.reserve(quantize.bytes() + own + sink.bytes(work.tile))};
@@ -185,7 +192,7 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
   if (q_stride < k) return fail("q_stride=%lld is shorter than k=%lld", Long(q_stride), Long(k));
   const Work work = work_of(*x, kDenseTile, 1);
   // About one MAC's time an element and pass.
-  return run(work, macs_of(work, 8.0 * double(k)), parallel_for, [&](const Tile& tile) {
+  return run(work, macs_of(work, 8.0 * double(k)), Even(), parallel_for, [&](const Tile& tile) {
     Arena none{nullptr};
     const int64_t row = tile.rows.begin;
     active_kernels()->quantize_rows(float_tile(*x, k, tile, none), k, q + row * q_stride, q_stride,
@@ -205,7 +212,7 @@ extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
   if (const int status = check_conv(*x->conv)) return status;
   if (!active_kernels()) return fail("%s", isa_error());
   const Work work = work_of(*x, kDenseTile, 1);
-  return run(work, macs_of(work, 8.0 * double(k)), parallel_for, [&](const Tile& tile) {
+  return run(work, macs_of(work, 8.0 * double(k)), Even(), parallel_for, [&](const Tile& tile) {
     char* to = static_cast<char*>(rows) + (tile.image * work.rows + tile.rows.begin) * k * size;
     active_kernels()->im2col(image_at(*x, tile.image), *x->conv, size, 0, tile.rows, to);
     return true;

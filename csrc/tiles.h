@@ -58,24 +58,57 @@ struct Tile {
   int64_t count() const { return rows.end - rows.begin; }
 };
 
-// A region of work shorter than this is not worth a second thread (a torch region costs about 1 us,
-// waking a sleeping thread 5 to 20).
+// A region of work shorter than 20 us is not worth a second thread (a torch region costs about 1 us,
+// waking a sleeping thread 5 to 20). At 50 G int8 MACs a second.
 constexpr double kGrainMacs = 20e-6 * 50e9;
 
-template <typename Body>
-int run(const Work& work, double macs, gossamer_parallel_for parallel_for, Body body) {
-  const int64_t items = work.tiles() * work.units;
-  if (items == 0) return GOSSAMER_OK;
+// What the units before `unit` cost, in any measure: threads share the whole evenly by it.
+struct Even {
+  int64_t operator()(int64_t unit) const { return unit; }
+};
+// Chunks by their entries, and by their outputs, which have to be written.
+struct ByEntries {
+  const gossamer_index& w;
+  int64_t blocks;
+
+  int64_t operator()(int64_t unit) const {
+    const int64_t chunks = chunk_count(w.n);
+    int64_t cost = unit * chunk_rows(w.n);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int32_t* cell = w.cells + 2 * b * chunks;
+      cost += cell[2 * unit + 1] - cell[1];
+    }
+    return cost;
+  }
+};
+
+// Calls body(tile) for ranges of units that cover all tiles. `macs` is what all of it costs.
+template <typename Before, typename Body>
+int run(const Work& work, double macs, Before before, gossamer_parallel_for parallel_for,
+        Body body) {
+  if (work.tiles() * work.units == 0) return GOSSAMER_OK;
   struct Context {
     const Work& work;
+    const Before& before;
     Body& body;
+    int64_t cost;  // of one tile
     std::atomic<bool> failed;
-  } context{work, body, {false}};
-  const gossamer_body each = [](int64_t begin, int64_t end, void* opaque) {
+
+    // The first item (a unit of a tile) that starts at `at` or behind it.
+    int64_t item(int64_t at) const {
+      int64_t low = 0, high = work.units;
+      while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        before(middle) < at % cost ? low = middle + 1 : high = middle;
+      }
+      return at / cost * work.units + low;
+    }
+  } context{work, before, body, before(work.units), {false}};
+  const gossamer_body each = [](int64_t from, int64_t to, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     const int64_t units = c.work.units, per_image = ceil_div(c.work.rows, c.work.tile);
     int64_t image = -1;
-    while (begin < end) {
+    for (int64_t begin = c.item(from), end = c.item(to); begin < end;) {
       const int64_t t = begin / units, first = begin % units,
                     last = std::min(units, first + end - begin);
       const int64_t row = t % per_image * c.work.tile;
@@ -87,11 +120,12 @@ int run(const Work& work, double macs, gossamer_parallel_for parallel_for, Body 
     }
     scratch.trim();
   };
-  const double grain = std::ceil(kGrainMacs * static_cast<double>(items) / std::max(macs, 1.0));
-  if (!parallel_for || grain >= static_cast<double>(items)) {
-    each(0, items, &context);
+  const int64_t cost = work.tiles() * context.cost;
+  const double grain = std::ceil(kGrainMacs * static_cast<double>(cost) / std::max(macs, 1.0));
+  if (!parallel_for || grain >= static_cast<double>(cost)) {
+    each(0, cost, &context);
   } else {
-    parallel_for(0, items, static_cast<int64_t>(grain), each, &context);
+    parallel_for(0, cost, static_cast<int64_t>(grain), each, &context);
   }
   if (!context.failed) return GOSSAMER_OK;
   fail("out of memory: the scratch buffer of a thread could not be allocated");
@@ -106,6 +140,10 @@ inline Work work_of(const gossamer_input& x, int64_t tile, int64_t units) {
 
 inline double macs_of(const Work& w, double weights) {
   return static_cast<double>(w.images * w.rows) * weights;
+}
+// An entry costs as much for one row as for the lanes that eight fill.
+inline double macs_of_lanes(const Work& w, double weights) {
+  return static_cast<double>(w.images * std::max<int64_t>(w.rows, 8)) * weights;
 }
 
 // Carves a thread's buffer into aligned parts.

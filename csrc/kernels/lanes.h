@@ -38,20 +38,23 @@ static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int3
 }
 
 // Writes sums[output][T] of a chunk: squares of kLanes outputs x kLanes rows are transposed, so
-// that a row's outputs are neighbours. make_value(outputs) prepares what value(sum, row) needs to
+// that a row's outputs are neighbours. All outputs of kLanes rows before the next rows: where rows of
+// y lie a multiple of 4 KB apart, more of them at once evict each other from L1 (avx2, 128 rows,
+// 768 -> 3072, 95 % zeros: 354 us for 305). make_value(outputs) prepares what value(sum, row) needs to
 // turn sums into floats. sums has outputs up to a multiple of 16.
 template <typename MakeValue>
 static inline void write_lanes(const int32_t* sums, int64_t lanes, int64_t rows, int64_t n,
                                Range range, const Destination& to, MakeValue make_value) {
   by_dtype(to.dtype, [&](auto type) {
-    for (int64_t o = range.begin; o < range.end; o += kLanes, sums += kLanes * lanes) {
-      const Outputs outputs(to, n, o);
-      const auto value = make_value(outputs);
-      for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      const int64_t left = rows - r < kLanes ? rows - r : kLanes;
+      const int32_t* from = sums + r;
+      for (int64_t o = range.begin; o < range.end; o += kLanes, from += kLanes * lanes) {
+        const Outputs outputs(to, n, o);
+        const auto value = make_value(outputs);
         I32 square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = load(sums + i * lanes + r);
+        for (int i = 0; i < kLanes; ++i) square[i] = load(from + i * lanes);
         transpose(square);
-        const int64_t left = rows - r < kLanes ? rows - r : kLanes;
         for (int64_t i = 0; i < left; ++i)
           write<decltype(type)>(to, r + i, outputs, value(square[i], r + i));
       }
