@@ -97,17 +97,17 @@ extern "C" int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* 
   const int64_t panels = ceil_div(w->n, kPanel);
   const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
   const Quantizer quantize(*x, w->k, work);
-  return run(work, macs_of(work, double(w->n) * double(w->k)), Even(), parallel_for,
-             [&](const Tile& tile) {
-               Sink sink(*x, *y, w->n);
-               Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
-               if (!arena.next) return false;
-               const QuantizedTile rows = quantize(tile, arena);
-               const Range range = panel_range(tile.units, panels);
-               active_kernels()->gemm_int8(rows, *w, range, sink.open(tile, arena));
-               sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-               return true;
-             });
+  const double macs = macs_of(work, double(w->n) * double(w->k));
+  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
+    Sink sink(*x, *y, w->n);
+    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
+    if (!arena.next) return false;
+    const QuantizedTile rows = quantize(tile, arena);
+    const Range range = panel_range(tile.units, panels);
+    active_kernels()->gemm_int8(rows, *w, range, sink.open(tile, arena));
+    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+    return true;
+  });
 }
 
 extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
@@ -115,21 +115,22 @@ extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
   if (!w) return fail("w must not be NULL");
   if (const int status = check(x, w->n, w->k, y)) return status;
   const int64_t panels = ceil_div(w->n, kPanel);
-  const Work work = work_of(*x, kMaxLanes, ceil_div(panels, kUnitPanels));
-  return run(work, macs_of(work, double(w->n) * double(w->k)), Even(), parallel_for,
-             [&](const Tile& tile) {
-               Sink sink(*x, *y, w->n);
-               const int64_t own = gemm_w8_scratch(w->k);
-               Arena arena{scratch.reserve(float_tile_bytes(*x, w->k, work.tile) + own +
-                                           sink.bytes(work.tile))};
-               if (!arena.next) return false;
-               char* panel = arena.take(own);
-               const FloatTile rows = float_tile(*x, w->k, tile, arena);
-               const Range range = panel_range(tile.units, panels);
-               active_kernels()->gemm_w8(rows, *w, range, sink.open(tile, arena), panel);
-               sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-               return true;
-             });
+  const int64_t rows = tile_rows(kMaxLanes, 4 * w->k, w->n, w->k);
+  const Work work = work_of(*x, rows, ceil_div(panels, kUnitPanels));
+  const double macs = macs_of(work, double(w->n) * double(w->k));
+  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
+    Sink sink(*x, *y, w->n);
+    const int64_t own = gemm_w8_scratch(w->k, work.tile);
+    Arena arena{
+        scratch.reserve(float_tile_bytes(*x, w->k, work.tile) + own + sink.bytes(work.tile))};
+    if (!arena.next) return false;
+    char* panel = arena.take(own);
+    const FloatTile in = float_tile(*x, w->k, tile, arena);
+    const Range range = panel_range(tile.units, panels);
+    active_kernels()->gemm_w8(in, *w, range, sink.open(tile, arena), panel);
+    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+    return true;
+  });
 }
 
 extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
@@ -138,19 +139,21 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y)) return status;
   const int64_t chunk = chunk_rows(index.n);
-  const Work work = work_of(*x, kMaxLanes, chunk_count(index.n));
+  const int64_t row_bytes = 4 * (index.k + chunk) + float_tile_bytes(*x, index.k, 1);
+  const int64_t rows = tile_rows(kMaxLanes, row_bytes, index.n, index.k);
+  const Work work = work_of(*x, rows, chunk_count(index.n));
   // An fp32 multiply-add takes twice an int8 one.
   const double macs = macs_of_lanes(work, 2 * double(index.entries));
   const ByEntries before{index, ceil_div(index.k, kBlockFloats)};
   return run(work, macs, before, parallel_for, [&](const Tile& tile) {
     Sink sink(*x, *y, index.n);
-    const int64_t own = spmm_scratch(index.n, index.k);
+    const int64_t own = spmm_scratch(index.n, index.k, work.tile);
     Arena arena{
         scratch.reserve(float_tile_bytes(*x, index.k, work.tile) + own + sink.bytes(work.tile))};
     if (!arena.next) return false;
     char* lanes = arena.take(own);
-    const FloatTile rows = float_tile(*x, index.k, tile, arena);
-    active_kernels()->spmm(rows, *w, tile.units, sink.open(tile, arena), lanes);
+    const FloatTile in = float_tile(*x, index.k, tile, arena);
+    active_kernels()->spmm(in, *w, tile.units, sink.open(tile, arena), lanes);
     sink.flush(tile, {tile.units.begin * chunk, tile.units.end * chunk});
     return true;
   });
@@ -162,19 +165,20 @@ extern "C" int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y)) return status;
   const int64_t chunk = chunk_rows(index.n);
-  const int64_t rows = index.k <= active_kernels()->wide_k ? kMaxLanes : kNarrowLanes;
+  const int64_t most = index.k <= active_kernels()->wide_k ? kMaxLanes : kNarrowLanes;
+  const int64_t rows = tile_rows(most, 2 * index.k + 4 * chunk, index.n, index.k);
   const Work work = work_of(*x, rows, chunk_count(index.n));
   const Quantizer quantize(*x, index.k, work);
   const double macs = macs_of_lanes(work, 4 * double(index.entries));
   const ByEntries before{index, ceil_div(ceil_div(index.k, 4), kBlockWords)};
   return run(work, macs, before, parallel_for, [&](const Tile& tile) {
     Sink sink(*x, *y, index.n);
-    const int64_t own = spmm_int8_scratch(index.n, index.k);
+    const int64_t own = spmm_int8_scratch(index.n, index.k, work.tile);
     Arena arena{scratch.reserve(quantize.bytes() + own + sink.bytes(work.tile))};
     if (!arena.next) return false;
-    const QuantizedTile rows = quantize(tile, arena);
+    const QuantizedTile in = quantize(tile, arena);
     char* lanes = arena.take(own);
-    active_kernels()->spmm_int8(rows, *w, tile.units, sink.open(tile, arena), lanes);
+    active_kernels()->spmm_int8(in, *w, tile.units, sink.open(tile, arena), lanes);
     sink.flush(tile, {tile.units.begin * chunk, tile.units.end * chunk});
     return true;
   });

@@ -70,12 +70,19 @@ constexpr int64_t kMaxLanes = 64;
 // Rows in a tile of spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
 
-static inline int64_t gemm_w8_scratch(int64_t k) { return k * kMaxLanes * 4; }
-static inline int64_t spmm_scratch(int64_t n, int64_t k) {
-  return (k + chunk_rows(n)) * kMaxLanes * 4;
+// Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a
+// vector: 16 on the widest Isa.
+static inline int64_t panel_lanes(int64_t rows) {
+  int64_t lanes = 16;
+  while (lanes < rows) lanes *= 2;
+  return lanes;
 }
-static inline int64_t spmm_int8_scratch(int64_t n, int64_t k) {
-  return (ceil_div(k, 4) + chunk_rows(n)) * kMaxLanes * 4;
+static inline int64_t gemm_w8_scratch(int64_t k, int64_t rows) { return k * rows * 4; }
+static inline int64_t spmm_scratch(int64_t n, int64_t k, int64_t rows) {
+  return (k + chunk_rows(n)) * panel_lanes(rows) * 4;
+}
+static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
+  return (ceil_div(k, 4) + chunk_rows(n)) * panel_lanes(rows) * 4;
 }
 
 namespace base {

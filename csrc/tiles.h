@@ -132,6 +132,14 @@ int run(const Work& work, double macs, Before before, gossamer_parallel_for para
   return GOSSAMER_NO_MEMORY;
 }
 
+// Rows of a tile: at most `most`, fewer where a thread's scratch of `row_bytes` each would exceed both
+// what it keeps and a quarter of the dense fp32 weight.
+inline int64_t tile_rows(int64_t most, int64_t row_bytes, int64_t n, int64_t k) {
+  const int64_t limit = std::max(Scratch::kKept, n * k);
+  while (most > 8 && most * row_bytes > limit) most /= 2;
+  return most;
+}
+
 inline Work work_of(const gossamer_input& x, int64_t tile, int64_t units) {
   const int64_t images = x.conv ? x.conv->images : 1,
                 rows = x.conv ? x.conv->out_h * x.conv->out_w : x.rows;

@@ -46,20 +46,22 @@ class Run {
 
   void all() {
     const int64_t n = whole_.weight.n, k = whole_.weight.k;
+    // Of the tile: as many as it may have.
+    const int64_t rows = std::min(kMaxLanes, whole_.x.rows);
     const Range panels{0, ceil_div(n, kPanel)}, chunks{0, chunk_count(n)};
     quantized(Arithmetic::kInt8, whole_.x.rows, 0,
               [&](const QuantizedTile& x, const Destination& to, void*) {
                 table_.gemm_int8(x, operands_.int8(), panels, to);
               });
-    quantized(Arithmetic::kSparseInt8, kMaxLanes, spmm_int8_scratch(n, k),
+    quantized(Arithmetic::kSparseInt8, kMaxLanes, spmm_int8_scratch(n, k, rows),
               [&](const QuantizedTile& x, const Destination& to, void* scratch) {
                 table_.spmm_int8(x, operands_.sparse_int8(), chunks, to, scratch);
               });
-    floats(Arithmetic::kWeightOnly, gemm_w8_scratch(k),
+    floats(Arithmetic::kWeightOnly, gemm_w8_scratch(k, rows),
            [&](const FloatTile& x, const Destination& to, void* scratch) {
              table_.gemm_w8(x, operands_.int8(), panels, to, scratch);
            });
-    floats(Arithmetic::kSparse, spmm_scratch(n, k),
+    floats(Arithmetic::kSparse, spmm_scratch(n, k, rows),
            [&](const FloatTile& x, const Destination& to, void* scratch) {
              table_.spmm(x, operands_.sparse(), chunks, to, scratch);
            });

@@ -36,15 +36,19 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
     exact = lanes / scale[outputs, None]
     q = exact.round().clamp_(-127, 127)
     for sign in (1, -1):
-        for _ in range(4):
-            over = (q * sign).clamp(min=0).sum(1) > LANE_LIMIT
-            if not over.any():
-                break
+        over = _overflowing(q, sign).nonzero().squeeze(1)
+        while len(over):
             part, goal = q[over] * sign, exact[over] * sign
             gain = torch.where(part > 0, part - goal, torch.full_like(part, -9.0))
             part[torch.arange(len(part)), gain.argmax(1)] -= 1
             q[over] = part * sign
+            over = over[_overflowing(q[over], sign)]
     return q.to(torch.int8), scale
+
+
+def _overflowing(lanes: Tensor, sign: int) -> Tensor:
+    """Which lanes hold weights of that sign that sum to more than the limit."""
+    return (lanes * sign).clamp_(min=0).sum(1) > LANE_LIMIT
 
 
 def check_lanes(lanes: Tensor, what: str) -> None:
