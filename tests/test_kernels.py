@@ -236,6 +236,21 @@ def test_bits_of_a_row_are_those_of_the_row_alone(isa: str, stem: str) -> None:
                     assert same_bits(packed.matmul(part, bias, "silu"), rows), size
 
 
+@pytest.mark.parametrize("stem", ["spmm", "spmm_int8"])
+def test_threads_share_a_tile_by_its_non_zeros(isa: str, stem: str) -> None:
+    # All non-zeros in one chunk: some threads get none, and still have outputs to write.
+    for chunk in range(6):
+        weight = Case("skew", 1, 512, 3000).weight()
+        weight[: chunk * 512] = 0
+        weight[(chunk + 1) * 512 :] = 0
+        packed = pack(weight, testing.FORMATS[stem])
+        x, bias = torch.randn(40, 512), torch.rand(3000)
+        one = packed.matmul(x, bias)
+        assert_close(one, *expected(packed, x, bias))
+        with threads(2):
+            assert same_bits(packed.matmul(x, bias), one)
+
+
 # Rows that are ill, 16-bit floats, memory.
 
 
