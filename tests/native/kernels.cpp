@@ -13,7 +13,10 @@ const Kernels* const kTables[] = {
     &base::kernels,
 #if defined(__x86_64__)
     &avx2::kernels,
+    &avxvnni::kernels,
     &avx512vnni::kernels,
+#elif defined(__aarch64__)
+    &neon::kernels,
 #endif
 };
 
