@@ -244,6 +244,30 @@ def test_a_stem_is_in_its_places(stem: str) -> None:
     assert read(Path(f"csrc/kernels/{stem}.cpp")).startswith(f"// {stem}: ")
 
 
+def simd_names(path: Path) -> set[str]:
+    """The functions and constants of a simd header that kernels may use: not a twin's own parts."""
+    code = bare_cpp(path)
+    functions = re.findall(r"^static inline [\w ]+ (\w+)\(", code, re.MULTILINE)
+    return {*functions, *re.findall(r"^constexpr \w+ (\w+) =", code, re.MULTILINE)}
+
+
+# Functions of base.h that serve only the others there.
+BASE_ONLY = {"each", "from_bits", "to_bits", "widen", "narrow"}
+CONTRACT = simd_names(Path("csrc/simd/base.h")) - BASE_ONLY
+
+
+@pytest.mark.parametrize("path", under("csrc/simd", ".h"), ids=lambda path: path.stem)
+def test_every_isa_keeps_the_whole_contract(path: Path) -> None:
+    assert len(CONTRACT) > 30
+    assert simd_names(path) >= CONTRACT
+
+
+def test_every_function_of_the_contract_has_a_check() -> None:
+    constants = {name for name in CONTRACT if re.match("k[A-Z]", name)}
+    checked = set(re.findall(r"(\w+)(?:<\w+>)?\(", bare_cpp(Path("tests/native/contract.cpp"))))
+    assert checked >= CONTRACT - constants, CONTRACT - constants - checked
+
+
 def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
     operators = re.findall(r'^ *\{"(\w+)",\s+"', read(Path("csrc/torch/ops.cpp")), re.MULTILINE)
     assert sorted(testing.CASES) == sorted(operators) == STEMS

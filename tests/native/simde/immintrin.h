@@ -1,6 +1,7 @@
 // immintrin.h: stands before the compiler's own where tests/native emulates a CPU. AVX-512 and
 // AVX-VNNI intrinsics become SIMDe's functions, on vectors that AVX2 has; what SIMDe 0.7.4 lacks is
-// here, and so are the masked loads and stores, because SIMDe's touch what they mask.
+// here, and so is what it gets wrong: its masked loads and stores touch what they mask, its abs of
+// -0 is -0.
 #pragma once
 
 #include_next <immintrin.h>
@@ -25,6 +26,10 @@ static inline To by_halves(Whole a, Op op) {
   return whole;
 }
 
+static inline __m512 abs_ps(__m512 a) {
+  const auto op = [](__m256 h) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), h); };
+  return by_halves<__m512, __m256>(a, op);
+}
 static inline __m512 cvtepi32_ps(__m512i a) {
   return by_halves<__m512, __m256i>(a, [](__m256i h) { return _mm256_cvtepi32_ps(h); });
 }
@@ -100,6 +105,8 @@ static inline void store(void* p, __mmask16 mask, Vector a) {
 
 }  // namespace emulated
 
+#undef _mm512_abs_ps
+#define _mm512_abs_ps emulated::abs_ps
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
