@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace gossamer {
 namespace {
 
@@ -18,11 +22,14 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+bool has_avxvnni() { return has_avx2() && __builtin_cpu_supports("avxvnni"); }
 bool has_avx512vnni() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(__aarch64__)
+bool has_neon() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #endif
 bool always() { return true; }
 
@@ -30,7 +37,10 @@ bool always() { return true; }
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {&avx512vnni::kernels, has_avx512vnni},
+    {&avxvnni::kernels, has_avxvnni},
     {&avx2::kernels, has_avx2},
+#elif defined(__aarch64__)
+    {&neon::kernels, has_neon},
 #endif
     {&base::kernels, always},
 };

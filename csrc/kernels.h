@@ -85,13 +85,20 @@ static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
   return (ceil_div(k, 4) + chunk_rows(n)) * panel_lanes(rows) * 4;
 }
 
+// Which of them are linked depends on the architecture: see isa.cpp.
 namespace base {
 extern const Kernels kernels;
 }
 namespace avx2 {
 extern const Kernels kernels;
 }
+namespace avxvnni {
+extern const Kernels kernels;
+}
 namespace avx512vnni {
+extern const Kernels kernels;
+}
+namespace neon {
 extern const Kernels kernels;
 }
 

@@ -1,6 +1,6 @@
 // lanes.h: what the two sparse kernels share. Rows of x lie in the lanes of a vector: a panel is
-// [column][T] 32-bit words (floats, or four u8), T = 8, 16, 32 or 64 rows, so that one non-zero
-// weight is broadcast and multiplies a whole line of the panel.
+// [column][T] 32-bit words (floats, or four u8), T = kLanes, twice that, ... or 64 rows, so that one
+// non-zero weight is broadcast and multiplies a whole line of the panel.
 #pragma once
 
 #include "epilogue.h"
@@ -103,6 +103,19 @@ static inline int64_t lanes_for(int64_t rows, int64_t most) {
   int64_t lanes = kLanes;
   while (lanes < rows && lanes < most) lanes *= 2;
   return lanes;
+}
+
+// Calls body with the number of vectors in a line of `lanes`, as a type: Vectors<V>.
+template <int V>
+struct Vectors {
+  static constexpr int kCount = V;
+};
+template <int V = kMaxLanes / kLanes, typename Body>
+static inline void by_vectors(int64_t lanes, Body body) {
+  if constexpr (V > 1) {
+    if (lanes < V * kLanes) return by_vectors<V / 2>(lanes, body);
+  }
+  body(Vectors<V>());
 }
 
 }  // namespace GOSSAMER_ISA

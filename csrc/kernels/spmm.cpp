@@ -126,16 +126,7 @@ void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Dest
                });
   });
   if (x.rows == 1) return chunks_of_row(w, chunks, to, ill[0], panel, panel + k);
-  switch (lanes / kLanes) {
-    case 1:
-      return chunks_of<1>(x, w, chunks, to, ill, panel);
-    case 2:
-      return chunks_of<2>(x, w, chunks, to, ill, panel);
-    case 4:
-      return chunks_of<4>(x, w, chunks, to, ill, panel);
-    default:
-      return chunks_of<kMaxLanes / kLanes>(x, w, chunks, to, ill, panel);
-  }
+  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::kCount>(x, w, chunks, to, ill, panel); });
 }
 
 }  // namespace GOSSAMER_ISA

@@ -101,16 +101,7 @@ void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
                const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
                return count == kLanes ? load(at) : load_first(at, count);
              });
-  switch (lanes / kLanes) {
-    case 1:
-      return chunks_of<1>(x, w, chunks, to, panel);
-    case 2:
-      return chunks_of<2>(x, w, chunks, to, panel);
-    case 4:
-      return chunks_of<4>(x, w, chunks, to, panel);
-    default:
-      return chunks_of<kMaxLanes / kLanes>(x, w, chunks, to, panel);
-  }
+  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::kCount>(x, w, chunks, to, panel); });
 }
 
 }  // namespace GOSSAMER_ISA

@@ -11,6 +11,10 @@
 
 #include "gossamer.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -48,11 +52,15 @@ std::vector<std::string> cpu_features() {
   GOSSAMER_FEATURE("avx2");
   GOSSAMER_FEATURE("fma");
   GOSSAMER_FEATURE("f16c");
+  GOSSAMER_FEATURE("avxvnni");
   GOSSAMER_FEATURE("avx512f");
   GOSSAMER_FEATURE("avx512bw");
+  GOSSAMER_FEATURE("avx512dq");
   GOSSAMER_FEATURE("avx512vl");
   GOSSAMER_FEATURE("avx512vnni");
 #undef GOSSAMER_FEATURE
+#elif defined(__aarch64__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) names.push_back("asimddp");
 #endif
   return names;
 }

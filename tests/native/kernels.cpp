@@ -1,19 +1,41 @@
 // kernels.cpp: the kernels without the C ABI around them: their scratch and quantized rows end at a
-// guard page too.
+// guard page too. And what they are written against, see contract.cpp.
 
 #include "kernels.h"
 
 #include "native.h"
 
+namespace gossamer {
+namespace avx2 {
+const char* broken_contract();
+}
+namespace avxvnni {
+const char* broken_contract();
+}
+namespace avx512vnni {
+const char* broken_contract();
+}
+namespace neon {
+const char* broken_contract();
+}
+}  // namespace gossamer
+
 namespace {
 
 using namespace gossamer;
 
-const Kernels* const kTables[] = {
-    &base::kernels,
+struct Table {
+  const Kernels& kernels;
+  const char* (*broken_contract)();
+};
+const Table kTables[] = {
+    {base::kernels, [] { return static_cast<const char*>(nullptr); }},  // base.h is the contract
 #if defined(__x86_64__)
-    &avx2::kernels,
-    &avx512vnni::kernels,
+    {avx2::kernels, avx2::broken_contract},
+    {avxvnni::kernels, avxvnni::broken_contract},
+    {avx512vnni::kernels, avx512vnni::broken_contract},
+#elif defined(__aarch64__)
+    {neon::kernels, neon::broken_contract},
 #endif
 };
 
@@ -114,7 +136,15 @@ class Run {
 
 void check_kernels(const Product& product) {
   if (product.x.rows == 0) return;  // the C ABI calls no kernel
-  for (const Kernels* table : kTables)
+  for (const Table& table : kTables)
     for (const Side side : kSides)
-      if (runs_here(*table)) Run(*table, product, side).all();
+      if (runs_here(table.kernels)) Run(table.kernels, product, side).all();
+}
+
+void check_contracts() {
+  for (const Table& table : kTables) {
+    if (!runs_here(table.kernels)) continue;
+    const char* broken = table.broken_contract();
+    require(!broken, std::string(table.kernels.isa) + ", simd: " + (broken ? broken : ""));
+  }
 }

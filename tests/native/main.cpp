@@ -69,6 +69,9 @@ std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands
   return y.values();
 }
 
+// Of all int8 results, FNV-1a: the same number on every CPU, emulated or not.
+uint64_t int8_bits = 0xcbf29ce484222325;
+
 void check_products(const Product& p) {
   const Operands operands[] = {{p.weight, Side::kEnd}, {p.weight, Side::kBegin}};
   for (int unit : {1, 4}) {
@@ -91,6 +94,8 @@ void check_products(const Product& p) {
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
     }
+    for (const char byte : first)
+      if (integers) int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
   }
 }
 
@@ -189,10 +194,12 @@ int64_t check_convolutions(std::mt19937& random) {
 }  // namespace
 
 int main() try {
+  check_contracts();
   std::mt19937 random(1);
   const int64_t shapes = check_shapes(random), convolutions = check_convolutions(random);
   check_damaged_indices(random);
-  std::printf("%lld shapes and %lld convolutions on", (long long)shapes, (long long)convolutions);
+  std::printf("%lld shapes and %lld convolutions, int8 bits %016llx, on", (long long)shapes,
+              (long long)convolutions, (unsigned long long)int8_bits);
   for (const char* const* isa = gossamer_isas(); *isa; ++isa) std::printf(" %s", *isa);
   std::printf("\n");
   return EXIT_SUCCESS;

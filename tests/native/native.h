@@ -87,7 +87,8 @@ inline void compare(const Product& p, const std::vector<Expected>& reference,
   }
 }
 
-// kernels.cpp: the kernels alone, with guarded scratch.
+// kernels.cpp: the kernels alone, with guarded scratch; the functions that they are made of.
 void check_kernels(const Product& product);
+void check_contracts();
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);

@@ -1,0 +1,174 @@
+// simd/neon.h: the contract of simd/base.h on 64-bit Arm with the dot product instructions (ARMv8.2).
+#pragma once
+
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "layout.h"
+
+namespace gossamer {
+namespace neon {
+
+constexpr int kLanes = 4;
+// 4 rows x 4 vectors of sums, 8 of weights, 4 corrections (see dot), 2 broadcasts: 30 of 32
+// registers.
+constexpr int kGemmRows = 4;
+constexpr int kGemmLastRows = 4;
+constexpr int kGemmPanels = 1;
+// Kernels::wide_k.
+constexpr int64_t kWideK = 384;
+
+struct F32 {
+  float32x4_t v;
+};
+struct I32 {
+  int32x4_t v;
+};
+
+static inline uint32x4_t bits_of(F32 a) { return vreinterpretq_u32_f32(a.v); }
+static inline uint32x4_t is_nan(F32 a) { return vmvnq_u32(vceqq_f32(a.v, a.v)); }
+
+// Memory.
+static inline F32 load(const float* p) { return {vld1q_f32(p)}; }
+static inline F32 load(const BFloat16* p) {
+  const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+  return {vreinterpretq_f32_u32(vshll_n_u16(bits, 16))};
+}
+static inline F32 load(const Float16* p) {
+  return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+}
+static inline void store(float* p, F32 a) { vst1q_f32(p, a.v); }
+static inline void store(BFloat16* p, F32 a) {
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits_of(a), 16), vdupq_n_u32(1));
+  const uint32x4_t nearest = vaddq_u32(bits_of(a), vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+  const uint32x4_t clean = vbslq_u32(is_nan(a), vdupq_n_u32(0x7fc00000), nearest);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vshrn_n_u32(clean, 16));
+}
+static inline void store(Float16* p, F32 a) {
+  // A NaN keeps no payload, as in base.h.
+  const uint32x4_t quiet = vbslq_u32(vdupq_n_u32(0x80000000), bits_of(a), vdupq_n_u32(0x7fc00000));
+  const uint32x4_t clean = vbslq_u32(is_nan(a), quiet, bits_of(a));
+  vst1_u16(reinterpret_cast<uint16_t*>(p),
+           vreinterpret_u16_f16(vcvt_f16_f32(vreinterpretq_f32_u32(clean))));
+}
+static inline I32 load(const int32_t* p) { return {vld1q_s32(p)}; }
+static inline void store(int32_t* p, I32 a) { vst1q_s32(p, a.v); }
+// There are no masked loads and stores: through a buffer.
+template <typename T>
+static inline auto load_first(const T* p, int count) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, p, static_cast<size_t>(count) * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+static inline void store_first(T* p, F32 a, int count) {
+  T buffer[kLanes];
+  store(buffer, a);
+  memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+static inline void store_bytes(uint8_t* p, I32 a) {
+  const uint16x4_t words = vmovn_u32(vreinterpretq_u32_s32(a.v));
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(words, words));
+  const uint32_t four = vget_lane_u32(vreinterpret_u32_u8(bytes), 0);
+  memcpy(p, &four, 4);
+}
+static inline I32 load_words(const void* p) {
+  return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)))};
+}
+static inline I32 set_word(const void* p) {
+  int32_t word;
+  memcpy(&word, p, 4);
+  return {vdupq_n_s32(word)};
+}
+static inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// Arithmetic.
+static inline F32 set(float x) { return {vdupq_n_f32(x)}; }
+static inline I32 set(int32_t x) { return {vdupq_n_s32(x)}; }
+static inline F32 add(F32 a, F32 b) { return {vaddq_f32(a.v, b.v)}; }
+static inline F32 sub(F32 a, F32 b) { return {vsubq_f32(a.v, b.v)}; }
+static inline F32 mul(F32 a, F32 b) { return {vmulq_f32(a.v, b.v)}; }
+static inline F32 div(F32 a, F32 b) { return {vdivq_f32(a.v, b.v)}; }
+static inline F32 muladd(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+// vmaxq and vminq would return NaN where either is.
+static inline F32 max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+static inline F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+static inline F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
+static inline F32 copysign(F32 a, F32 b) { return {vbslq_f32(vdupq_n_u32(0x80000000), b.v, a.v)}; }
+static inline I32 add(I32 a, I32 b) { return {vaddq_s32(a.v, b.v)}; }
+static inline I32 sub(I32 a, I32 b) { return {vsubq_s32(a.v, b.v)}; }
+static inline I32 mul(I32 a, I32 b) { return {vmulq_s32(a.v, b.v)}; }
+static inline I32 max(I32 a, I32 b) { return {vmaxq_s32(a.v, b.v)}; }
+static inline I32 min(I32 a, I32 b) { return {vminq_s32(a.v, b.v)}; }
+static inline F32 to_f32(I32 a) { return {vcvtq_f32_s32(a.v)}; }
+static inline I32 round(F32 a) {
+  // The conversion alone saturates, and makes 0 of NaN.
+  const uint32x4_t fits = vcltq_f32(vabsq_f32(a.v), vdupq_n_f32(0x1p31f));
+  return {vbslq_s32(fits, vcvtnq_s32_f32(a.v), vdupq_n_s32(INT32_MIN))};
+}
+static inline F32 exp2(I32 n) {
+  return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n.v, vdupq_n_s32(127)), 23))};
+}
+template <int kByte>
+static inline I32 signed_byte(I32 a) {
+  return {vshrq_n_s32(vshlq_n_s32(a.v, 24 - 8 * kByte), 24)};
+}
+
+// Across lanes.
+static inline float reduce_max(F32 a) { return vmaxvq_f32(a.v); }
+static inline float reduce_min(F32 a) { return vminvq_f32(a.v); }
+static inline float reduce_add(F32 a) { return vaddvq_f32(a.v); }
+static inline F32 as_f32(I32 a) { return {vreinterpretq_f32_s32(a.v)}; }
+static inline I32 as_i32(F32 a) { return {vreinterpretq_s32_f32(a.v)}; }
+static inline void transpose(I32 (&r)[kLanes]) {
+  // Pairs of 32-bit lanes, then of 64-bit.
+  const int32x4x2_t low = vtrnq_s32(r[0].v, r[1].v), high = vtrnq_s32(r[2].v, r[3].v);
+  for (int i = 0; i < 2; ++i) {
+    r[i].v = vcombine_s32(vget_low_s32(low.val[i]), vget_low_s32(high.val[i]));
+    r[i + 2].v = vcombine_s32(vget_high_s32(low.val[i]), vget_high_s32(high.val[i]));
+  }
+}
+
+// The int8 dot of 32 products. sdot is s8 x s8, so x - 128 (its top bit flipped) stands for x, and
+// x . w = (x - 128) . w - (-128) . w, exact because int32 sums wrap. The second term is w's alone:
+// the compiler takes it out of a loop over rows.
+static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+  const int8x16_t flip = vdupq_n_s8(-128);
+  const auto bytes = [](I32 a) { return vreinterpretq_s8_s32(a.v); };
+  const auto shifted = [&](I32 x) { return veorq_s8(bytes(x), flip); };
+  sum.v = vdotq_s32(vdotq_s32(sum.v, shifted(x0), bytes(w0)), shifted(x1), bytes(w1));
+  const int32x4_t w_term = vdotq_s32(vdotq_s32(vdupq_n_s32(0), flip, bytes(w0)), flip, bytes(w1));
+  return {vsubq_s32(sum.v, w_term)};
+}
+
+// Four words are a whole vector here.
+using F4 = F32;
+using I4 = I32;
+template <int kCount>
+static inline I4 load_quad(const void* p) {
+  if (kCount == 4) return load_words(p);
+  uint8_t buffer[16] = {};
+  memcpy(buffer, p, 4 * kCount);
+  return load_words(buffer);
+}
+template <int kCount>
+static inline F4 load_quad(const float* p) {
+  return as_f32(load_quad<kCount>(static_cast<const void*>(p)));
+}
+static inline void store_quad(float* p, F4 a) { store(p, a); }
+static inline void store_quad(int32_t* p, I4 a) { store(p, a); }
+template <int kCount>
+static inline F4 pick_quad(const float* x, const uint8_t* at) {
+  float r[4] = {};
+  for (int i = 0; i < kCount; ++i) r[i] = x[at[i]];
+  return load(r);
+}
+template <int kCount>
+static inline I4 pick_quad(const void* x, const uint8_t* at) {
+  return as_i32(pick_quad<kCount>(static_cast<const float*>(x), at));
+}
+static inline I4 dot(I4 sum, I4 x, I4 w) { return dot(sum, x, w, set(0), set(0)); }
+
+}  // namespace neon
+}  // namespace gossamer
