@@ -130,6 +130,26 @@ extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
   });
 }
 
+extern "C" int gossamer_gemm_int4(const gossamer_input* x, const gossamer_int4* w,
+                                  const gossamer_output* y, gossamer_parallel_for parallel_for) {
+  if (!w) return fail("w must not be NULL");
+  if (const int status = check(x, w->n, w->k, y)) return status;
+  if (w->group != 16 && w->group != 32) return fail("group=%lld: use 16 or 32", Long(w->group));
+  const int64_t panels = ceil_div(w->n, kPanel);
+  const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
+  const Quantizer quantize(*x, w->k, work, kInt4Step);
+  return run(work, macs_of(work, double(w->n) * double(w->k)), parallel_for, [&](const Tile& tile) {
+    Sink sink(*x, *y, w->n);
+    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
+    if (!arena.next) return false;
+    const QuantizedTile rows = quantize(tile, arena);
+    const Range range = panel_range(tile.units, panels);
+    active_kernels()->gemm_int4(rows, *w, range, sink.open(tile, arena));
+    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+    return true;
+  });
+}
+
 extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
                              const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
