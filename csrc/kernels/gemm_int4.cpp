@@ -27,7 +27,7 @@ namespace {
 
 constexpr int kVecs = kPanel / kLanes;
 constexpr int kLine = 4 * kPanel;
-constexpr int kAhead = 1024;
+constexpr int kAhead = 512;
 
 // One group of MR rows: sum[r][v] += q . w.
 template <int kGroup, int MR, int NP>
@@ -62,10 +62,13 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int4& w, int64_t p
     for (F32& t : line) t = set(0.0f);
 
   for (int64_t i = 0; i < k; i += kGroup, q += kGroup) {
-    // The first rows read a panel from L3 or memory, faster than the hardware prefetcher follows.
-    for (int p = 0; p < NP && row == 0; ++p)
+    // The first rows read a panel from L3 or memory, faster than the hardware prefetcher follows:
+    // 1.5 -> 1.35 ms for one row of 8192 x 8192, against 1024 bytes ahead and none for the scales.
+    for (int p = 0; p < NP && row == 0; ++p) {
+      prefetch(scales + p * panel_scales + kAhead / 2);
       for (int line = 0; line < kGroup / kStep; ++line)
         prefetch(lines + p * panel_bytes + kAhead + line * kLine);
+    }
     I32 sum[MR][kColumns];
     for (auto& line : sum)
       for (I32& s : line) s = set(int32_t{0});
