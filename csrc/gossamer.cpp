@@ -102,9 +102,9 @@ extern "C" int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* 
     Sink sink(*x, *y, w->n);
     Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
     if (!arena.next) return false;
-    const QuantizedTile rows = quantize(tile, arena);
+    const QuantizedTile in = quantize(tile, arena);
     const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_int8(rows, *w, range, sink.open(tile, arena));
+    active_kernels()->gemm_int8(in, *w, range, sink.open(tile, arena));
     sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
     return true;
   });
@@ -128,6 +128,27 @@ extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
     const FloatTile in = float_tile(*x, w->k, tile, arena);
     const Range range = panel_range(tile.units, panels);
     active_kernels()->gemm_w8(in, *w, range, sink.open(tile, arena), panel);
+    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+    return true;
+  });
+}
+
+extern "C" int gossamer_gemm_int4(const gossamer_input* x, const gossamer_int4* w,
+                                  const gossamer_output* y, gossamer_parallel_for parallel_for) {
+  if (!w) return fail("w must not be NULL");
+  if (const int status = check(x, w->n, w->k, y)) return status;
+  if (w->group != 16 && w->group != 32) return fail("group=%lld: use 16 or 32", Long(w->group));
+  const int64_t panels = ceil_div(w->n, kPanel);
+  const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
+  const Quantizer quantize(*x, w->k, work, kInt4Step);
+  const double macs = macs_of(work, double(w->n) * double(w->k));
+  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
+    Sink sink(*x, *y, w->n);
+    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
+    if (!arena.next) return false;
+    const QuantizedTile in = quantize(tile, arena);
+    const Range range = panel_range(tile.units, panels);
+    active_kernels()->gemm_int4(in, *w, range, sink.open(tile, arena));
     sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
     return true;
   });

@@ -17,8 +17,8 @@ struct Destination {
   gossamer_activation activation;
 };
 
-// A tile of activations as quantize_rows leaves them. stride is a multiple of kStep; bytes behind k
-// are 0.
+// A tile of activations as quantize_rows leaves them. stride is a multiple of kStep, for gemm_int4
+// of kInt4Step; bytes behind k are 0.
 struct QuantizedTile {
   const uint8_t* q;
   int64_t stride;
@@ -45,6 +45,8 @@ using GemmInt8 = void(const QuantizedTile& x, const gossamer_int8& w, Range pane
                       const Destination& to);
 using GemmW8 = void(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to,
                     void* scratch);
+using GemmInt4 = void(const QuantizedTile& x, const gossamer_int4& w, Range panels,
+                      const Destination& to);
 using Spmm = void(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
                   void* scratch);
 using SpmmInt8 = void(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
@@ -60,6 +62,7 @@ struct Kernels {
   QuantizeRows* quantize_rows;
   GemmInt8* gemm_int8;
   GemmW8* gemm_w8;
+  GemmInt4* gemm_int4;
   Spmm* spmm;
   SpmmInt8* spmm_int8;
   Im2col* im2col;

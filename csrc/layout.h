@@ -20,6 +20,14 @@ static_assert(sizeof(BFloat16) == 2 && sizeof(Float16) == 2, "views over torch's
 // so that the two steps whose products share a 16-bit lane (depth 4) are always both there.
 constexpr int kPanel = 16;
 constexpr int kStep = 8;
+// Int4: inputs are padded to this, the largest group that shares a scale.
+constexpr int kInt4Step = 32;
+// What a nibble stands for: the 16 numbers by which the squared error of groups of normal weights,
+// scaled so that the largest becomes -32, is smallest (Lloyd's iteration), rounded; one of them is
+// 0. At most 32 in size: the products of four in a 16-bit lane cannot overflow, 255 * 32 * 4 =
+// 32640.
+constexpr int8_t kInt4Values[16] = {-32, -25, -20, -15, -12, -8, -5, -3,
+                                    0,   3,   6,   9,   12,  16, 21, 27};
 // 255 * 127 * 65536 < 2^31: an int32 sum cannot overflow.
 constexpr int64_t kMaxK = 65536;
 

@@ -190,8 +190,9 @@ inline FloatTile float_tile(const gossamer_input& x, int64_t k, const Tile& tile
 // what is gathered.
 class Quantizer {
  public:
-  Quantizer(const gossamer_input& x, int64_t k, const Work& work)
-      : x_(x), k_(k), stride_(round_up(k, kStep)), tile_rows_(work.tile) {}
+  // Rows are padded to a multiple of `unit` bytes.
+  Quantizer(const gossamer_input& x, int64_t k, const Work& work, int64_t unit = kStep)
+      : x_(x), k_(k), stride_(round_up(k, unit)), tile_rows_(work.tile) {}
 
   int64_t bytes() const {
     return round_up(image_bytes(), 64) + round_up(tile_rows_ * stride_, 64) +

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import gossamer as gs
 
-FORMATS = [gs.Int8(), gs.Int8(activations="none"), gs.Sparse(), gs.SparseInt8()]
-NAMES = ["int8", "w8", "sparse", "sparse_int8"]
+FORMATS = [gs.Int8(), gs.Int8(activations="none"), gs.Int4(), gs.Sparse(), gs.SparseInt8()]
+NAMES = ["int8", "w8", "int4", "sparse", "sparse_int8"]
 
 
 class Net(nn.Module):

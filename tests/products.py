@@ -14,6 +14,7 @@ from gossamer.testing import Case
 
 STEMS = tuple(testing.FORMATS)
 INT8_STEMS = ("gemm_int8", "spmm_int8")
+INTEGER_STEMS = (*INT8_STEMS, "gemm_int4")  # the same bits on every Isa
 
 
 @cache
@@ -23,7 +24,7 @@ def packed_case(stem: str, case: Case) -> Any:
 
 
 def integers(packed: Any) -> Tensor:
-    """The int8 weight (n, k) behind `unpack`, as float."""
+    """The integer weight (n, k) behind `unpack`, as float."""
     return (packed.unpack() / packed.scale[:, None]).round()
 
 
@@ -37,6 +38,9 @@ def expected(
         y = product(x, weight, bias, activation)
     else:
         y = product(x, integers(packed), packed.scale, bias, activation)
+    if packed.kernel == "gemm_int4":  # sums bytes in floats, and takes their zero off at the end
+        q, scale, zero = reference.quantize_rows(x)
+        x = ((q + zero[..., None]) * scale[..., None]).to(x.dtype)
     terms = 0 if packed.kernel in INT8_STEMS else None
     return y, reference.bound(y, x, weight, bias, terms)
 

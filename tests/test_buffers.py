@@ -129,6 +129,14 @@ ATTACKS = {
         poke("panels", (2, 0, 15, 0), 1),
         poke("panels", (0, 12, 0, 2), 1),
     ],
+    "gemm_int4": [
+        *SCALE_ATTACKS,
+        poke("panels", (2, 0, 15, 0), 0x89),  # behind the last output
+        poke("panels", (0, 6, 0, 2), 0x87),  # behind the last input
+        poke("panels", (0, 6, 0, 0), 0x38),
+        poke("group_scale", (1, 2, 3), -128),
+        poke("wsum", (5,), 10**6),
+    ],
     "spmm": [
         *INDEX_ATTACKS,
         poke("values", (4,), torch.nan),

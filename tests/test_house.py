@@ -280,7 +280,18 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
 
 
 PUBLIC = [
-    *("Comparison", "Conv2d", "Cubic", "Distiller", "Format", "Int8", "KD", "Linear", "OneShot"),
+    *(
+        "Comparison",
+        "Conv2d",
+        "Cubic",
+        "Distiller",
+        "Format",
+        "Int4",
+        "Int8",
+        "KD",
+        "Linear",
+        "OneShot",
+    ),
     *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
     *("load_", "prune_", "save"),
 ]

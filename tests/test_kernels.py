@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from products import INT8_STEMS, STEMS, expected, integers, packed_case, same_bits
+from products import INT8_STEMS, INTEGER_STEMS, STEMS, expected, integers, packed_case, same_bits
 from torch import Tensor
 
 from gossamer import _C, ops, reference, testing
@@ -200,8 +200,8 @@ def test_the_largest_sum_of_all(isa: str, stem: str) -> None:
 
 @pytest.mark.skipif(len(_C.isas()) == 1, reason="this CPU has one Isa")
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
-@pytest.mark.parametrize("stem", INT8_STEMS)
-def test_int8_bits_are_those_of_every_isa(stem: str, activation: str) -> None:
+@pytest.mark.parametrize("stem", INTEGER_STEMS)
+def test_integer_bits_are_those_of_every_isa(stem: str, activation: str) -> None:
     for case in CASES[stem]:
         packed, bias = packed_case(stem, case), case.bias()
         for dtype in (torch.float32, *HALVES) if case.m * case.n < 5000 else (torch.float32,):

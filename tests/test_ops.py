@@ -142,10 +142,12 @@ def test_k_has_a_limit() -> None:
     panels, scale = torch.zeros(1, 65544 // 4, 16, 4, dtype=torch.int8), torch.ones(1)
     sums, entries = torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.uint8)
     rows = torch.zeros(0, 2, dtype=torch.uint16)
+    codes = torch.zeros(1, 65568 // 8, 16, 4, dtype=torch.uint8)
     cells = {unit: torch.zeros(_C.cell_count(1, k, unit) + 1, 2).int() for unit in (1, 4)}
     calls = {
         "gemm_int8": (x, panels, scale, sums, None, k),
         "gemm_w8": (x, panels, scale, None, k),
+        "gemm_int4": (x, codes, codes[..., 0].char(), scale, sums, None, k),
         "spmm": (x, torch.zeros(0), entries, rows, cells[1], 1, None, k),
         "spmm_int8": (x, entries.view(0, 1).char(), entries, rows, cells[4], scale, sums, None, k),
     }

@@ -18,7 +18,7 @@ from gossamer import _C, formats
 from gossamer.packed import LANE_LIMIT, pack, quantize_lanes
 from gossamer.testing import CASES, FORMATS, Case, assert_close
 
-INT8_FORMATS = [f for f in FORMATS.values() if f != gs.Sparse()]
+INT8_FORMATS = [f for f in FORMATS.values() if isinstance(f, gs.Int8 | gs.SparseInt8)]
 
 
 def weight_cases() -> list[Case]:
@@ -143,7 +143,7 @@ def test_what_cannot_be_packed(format: formats.Format) -> None:
 
 
 def test_unknown_formats() -> None:
-    with pytest.raises(ValueError, match=r"use gs.Int8\(\), gs.Sparse\(\) or gs.SparseInt8\(\)"):
+    with pytest.raises(ValueError, match=r"use gs.Int8\(\), gs.Int4\(\), gs.Sparse\(\) or "):
         pack(torch.zeros(2, 2), formats.Format())
     with pytest.raises(
         ValueError, match="activations='static' is unknown: use one of dynamic, none"
@@ -151,6 +151,9 @@ def test_unknown_formats() -> None:
         gs.Int8(activations="static")
     with pytest.raises(ValueError, match=r"use one of dynamic$"):
         gs.SparseInt8(activations="none")
+    for group in (0, 8, 64, 16.0, True, None):
+        with pytest.raises(ValueError, match=f"group={group} has no kernel: use 16 or 32"):
+            gs.Int4(group=group)  # type: ignore[arg-type]
     for data in ({"format": "Int3"}, {}, {"format": "Int8", "bits": 4}, "Int8", None):
         with pytest.raises(ValueError):
             formats.format_from_json(data)  # type: ignore[arg-type]

@@ -66,6 +66,16 @@ typedef struct {
   const int32_t* wsum;  /* n: sum over i of q[o][i]; not read by gossamer_gemm_w8 */
 } gossamer_int8;
 
+/* Dense int4: w[o][i] = scale[o] * group_scale[o][i / group] * value[o][i], in panels of 16 outputs;
+ * a value is one of -32 -25 -20 -15 -12 -8 -5 -3 0 3 6 9 12 16 21 27, stored as its place there. */
+typedef struct {
+  int64_t n, k, group;       /* group: inputs that share a scale, 16 or 32 */
+  const uint8_t* panels;     /* (ceil(n/16), k rounded up to 32 / 8, 16, 4), two places a byte */
+  const int8_t* group_scale; /* (ceil(n/16), k rounded up to 32 / group, 16) */
+  const float* scale;        /* n */
+  const int32_t* wsum;       /* n: sum over i of group_scale[o][i / group] * value[o][i] */
+} gossamer_int4;
+
 /* The index that both sparse formats share: columns in blocks, outputs in chunks; a (block, chunk)
  * pair is a cell, and a cell lists its non-empty outputs, longest first. */
 typedef struct {
@@ -95,6 +105,9 @@ GOSSAMER_API int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8
 /* The same weights, x in fp32. */
 GOSSAMER_API int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
                                   const gossamer_output* y, gossamer_parallel_for parallel_for);
+/* x is quantized as for gossamer_gemm_int8. */
+GOSSAMER_API int gossamer_gemm_int4(const gossamer_input* x, const gossamer_int4* w,
+                                    const gossamer_output* y, gossamer_parallel_for parallel_for);
 GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
                                const gossamer_output* y, gossamer_parallel_for parallel_for);
 GOSSAMER_API int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,

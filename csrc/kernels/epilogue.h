@@ -101,6 +101,16 @@ static inline void write(const Destination& to, int64_t row, const Outputs& outp
   outputs.count == kLanes ? store(y, value) : store_first(y, value, outputs.count);
 }
 
+// Hint: the lines of y that the end of this tile writes, fetched while it multiplies.
+static inline void fetch_lines(const Destination& to, int64_t row, int64_t rows, int64_t output,
+                               int64_t outputs) {
+  const int64_t size = element_size(to.dtype);
+  for (int64_t r = row; r < row + rows; ++r) {
+    const char* y = static_cast<const char*>(to.y) + (r * to.stride + output) * size;
+    for (int64_t line = 0; line < outputs * size; line += 64) prefetch(y + line);
+  }
+}
+
 // 0 for a row of numbers, NaN for one that holds a NaN or an Inf (x * 0 is NaN just then). Added to
 // all results of its row: a product that skips zeros may never read the ill element, and 0 * Inf
 // must not be a quiet 0.

@@ -12,6 +12,7 @@ namespace GOSSAMER_ISA {
 QuantizeRows quantize_rows;
 GemmInt8 gemm_int8;
 GemmW8 gemm_w8;
+GemmInt4 gemm_int4;
 Spmm spmm;
 SpmmInt8 spmm_int8;
 Im2col im2col;
@@ -21,6 +22,7 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          quantize_rows,
                          gemm_int8,
                          gemm_w8,
+                         gemm_int4,
                          spmm,
                          spmm_int8,
                          im2col};

@@ -107,6 +107,21 @@ void define_products(py::module_& m) {
       },
       free_gil);
   m.def(
+      "gemm_int4",
+      [](Address x, int64_t rows, int64_t k, Address panels, Address group_scale, Address scale,
+         Address wsum, int64_t group, Address y, int64_t n) {
+        const Call call(x, rows, k, y, n);
+        const gossamer_int4 w{n,
+                              k,
+                              group,
+                              pointer<const uint8_t>(panels),
+                              pointer<const int8_t>(group_scale),
+                              pointer<const float>(scale),
+                              pointer<const int32_t>(wsum)};
+        require(gossamer_gemm_int4(&call.x, &w, &call.y, nullptr));
+      },
+      free_gil);
+  m.def(
       "spmm",
       [](Address x, int64_t rows, int64_t k, Address values, Address columns, Address index_rows,
          Address cells, int64_t entries, int64_t row_count, Address y, int64_t n) {

@@ -18,6 +18,11 @@ constexpr int kLanes = 8;
 constexpr int kGemmRows = 3;
 constexpr int kGemmLastRows = 3;
 constexpr int kGemmPanels = 1;
+// 4 rows x 2 vectors of integer sums, 4 of weights, 2 broadcasts, 2 products: 16. The float sums stay
+// in L1: a sum is needed once in 2 or 4 dots.
+constexpr int kInt4Rows = 4;
+constexpr int kInt4Panels = 1;
+constexpr int kInt4RowPanels = 2;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -103,6 +108,9 @@ static inline I32 set_word(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
   return {_mm256_set1_epi32(word)};
+}
+static inline I32 load_signed(const int8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
@@ -192,6 +200,15 @@ static inline I4 dot(I4 sum, I4 x, I4 w) {
 #else
   return {_mm_add_epi32(sum.v, _mm_madd_epi16(_mm_maddubs_epi16(x.v, w.v), _mm_set1_epi16(1)))};
 #endif
+}
+
+// int4: the table is looked up by each byte's low half, in 16 bytes at a time.
+template <int kNibble>
+static inline I32 decode(I32 a) {
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kInt4Values)));
+  return {_mm256_shuffle_epi8(
+      table, _mm256_and_si256(_mm256_srli_epi16(a.v, 4 * kNibble), _mm256_set1_epi8(15)))};
 }
 
 }  // namespace GOSSAMER_ISA

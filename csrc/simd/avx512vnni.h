@@ -19,6 +19,10 @@ constexpr int kGemmRows = 6;
 // bounds.
 constexpr int kGemmLastRows = 8;
 constexpr int kGemmPanels = 2;
+// 6 rows x 2 panels of integer sums and of float sums, 4 of weights, 2 broadcasts: 30 of 32.
+constexpr int kInt4Rows = 6;
+constexpr int kInt4Panels = 2;
+constexpr int kInt4RowPanels = 4;
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 
@@ -91,6 +95,9 @@ static inline I32 set_word(const void* p) {
   memcpy(&word, p, 4);
   return {_mm512_set1_epi32(word)};
 }
+static inline I32 load_signed(const int8_t* p) {
+  return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
@@ -162,6 +169,15 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
 }
 
 static inline I4 dot(I4 sum, I4 x, I4 w) { return {_mm_dpbusd_epi32(sum.v, x.v, w.v)}; }
+
+// int4: the table is looked up by each byte's low half, in 16 bytes at a time.
+template <int kNibble>
+static inline I32 decode(I32 a) {
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kInt4Values)));
+  return {_mm512_shuffle_epi8(
+      table, _mm512_and_si512(_mm512_srli_epi16(a.v, 4 * kNibble), _mm512_set1_epi8(15)))};
+}
 
 }  // namespace avx512vnni
 }  // namespace gossamer

@@ -19,6 +19,10 @@ constexpr int kLanes = 8;
 constexpr int kGemmRows = 4;
 constexpr int kGemmLastRows = 4;
 constexpr int kGemmPanels = 1;
+// Tile of gemm_int4, and the panels of a tile of one row.
+constexpr int kInt4Rows = 4;
+constexpr int kInt4Panels = 1;
+constexpr int kInt4RowPanels = 1;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -114,6 +118,10 @@ static inline I32 set_word(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
   return each<I32>([&](int) { return word; });
+}
+// kLanes signed bytes.
+static inline I32 load_signed(const int8_t* p) {
+  return each<I32>([&](int i) { return p[i]; });
 }
 // Hint: the line at p is read soon.
 static inline void prefetch(const void*) {}
@@ -288,6 +296,18 @@ static inline I4 dot(I4 sum, I4 x, I4 w) {
           int32_t(uint8_t(uint32_t(x.v[i]) >> 8 * byte)) * int8_t(uint32_t(w.v[i]) >> 8 * byte);
   }
   return sum;
+}
+
+// The int4 weights behind the low (0) or high (1) nibble of each byte. They are small enough for
+// dot() whatever their order.
+template <int kNibble>
+static inline I32 decode(I32 a) {
+  return each<I32>([&](int i) {
+    uint32_t word = 0;
+    for (int bit = 0; bit < 32; bit += 8)
+      word |= uint32_t(uint8_t(kInt4Values[uint32_t(a.v[i]) >> (bit + 4 * kNibble) & 15])) << bit;
+    return int32_t(word);
+  });
 }
 
 }  // namespace base

@@ -16,6 +16,11 @@ constexpr int kLanes = 4;
 constexpr int kGemmRows = 4;
 constexpr int kGemmLastRows = 4;
 constexpr int kGemmPanels = 1;
+// 3 rows x 4 vectors of integer sums, 8 of weights, 4 corrections, 2 broadcasts: 26 of 32. Not
+// measured.
+constexpr int kInt4Rows = 3;
+constexpr int kInt4Panels = 1;
+constexpr int kInt4RowPanels = 1;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -75,6 +80,11 @@ static inline void store_bytes(uint8_t* p, I32 a) {
 }
 static inline I32 load_words(const void* p) {
   return {vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)))};
+}
+static inline I32 load_signed(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))};
 }
 static inline I32 set_word(const void* p) {
   int32_t word;
@@ -140,6 +150,14 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   sum.v = vdotq_s32(vdotq_s32(sum.v, shifted(x0), bytes(w0)), shifted(x1), bytes(w1));
   const int32x4_t w_term = vdotq_s32(vdotq_s32(vdupq_n_s32(0), flip, bytes(w0)), flip, bytes(w1));
   return {vsubq_s32(sum.v, w_term)};
+}
+
+// int4: the table is looked up by each byte.
+template <int kNibble>
+static inline I32 decode(I32 a) {
+  const uint8x16_t bytes = vreinterpretq_u8_s32(a.v);
+  const uint8x16_t codes = kNibble ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15));
+  return {vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kInt4Values), codes))};
 }
 
 // Four words are a whole vector here.

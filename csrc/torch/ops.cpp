@@ -150,6 +150,37 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
       });
 }
 
+// (x, panels, group_scale, scale, wsum, bias, k, activation, conv)
+void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TTTTTOIIP");
+  const Tensor x = arguments.tensor();
+  const Tensor panels = arguments.weight("panels", aoti_torch_dtype_uint8(), -1);
+  const Tensor group_scale = arguments.weight("group_scale", aoti_torch_dtype_int8(), -1);
+  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
+  const int64_t n = scale.numel();
+  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
+  stack[0] = product(
+      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const int64_t weights = up(n, 16) * up(k, 32);
+        // (panels, groups, 16): of its sizes, that of a panel says what a group is.
+        const int64_t groups = group_scale.dim == 3 ? group_scale.sizes[1] : 0;
+        const int64_t group = groups > 0 ? up(k, 32) / groups : 0;
+        if (panels.numel() * 2 != weights || group_scale.numel() * group != weights) {
+          fail("panels of shape " + panels.shape() + " and group_scale of shape " +
+               group_scale.shape() + " do not hold n=" + std::to_string(n) +
+               ", k=" + std::to_string(k));
+        }
+        const gossamer_int4 w{n,
+                              k,
+                              group,
+                              static_cast<const uint8_t*>(panels.data),
+                              static_cast<const int8_t*>(group_scale.data),
+                              static_cast<const float*>(scale.data),
+                              static_cast<const int32_t*>(wsum.data)};
+        return gossamer_gemm_int4(&input, &w, &y, parallel_for);
+      });
+}
+
 // The four tensors of an index follow each other: values, columns, rows, cells.
 struct Index {
   Tensor values, columns, rows, cells;
@@ -261,6 +292,10 @@ const Operator kOperators[] = {
     {"gemm_int8", "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " PRODUCT_TAIL,
      gemm<true>},
     {"gemm_w8", "gemm_w8(Tensor x, Tensor panels, Tensor scale, " PRODUCT_TAIL, gemm<false>},
+    {"gemm_int4",
+     "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
+     "wsum, " PRODUCT_TAIL,
+     gemm_int4},
     {"spmm", "spmm(" INDEX "int n, " PRODUCT_TAIL, spmm},
     {"spmm_int8", "spmm_int8(" INDEX "Tensor scale, Tensor wsum, " PRODUCT_TAIL, spmm_int8},
     {"im2col", "im2col(Tensor x, int[] conv) -> Tensor", im2col},

@@ -13,7 +13,7 @@ from gossamer.checkpoint import load_, save
 from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
 from gossamer.distill import KD, Distiller, SquareHead
-from gossamer.formats import Format, Int8, Sparse, SparseInt8
+from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
 from gossamer.report import Report
@@ -27,6 +27,7 @@ __all__ = [
     "Cubic",
     "Distiller",
     "Format",
+    "Int4",
     "Int8",
     "Linear",
     "OneShot",

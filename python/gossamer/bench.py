@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gossamer
 
 from . import _C, reference
-from .formats import Format, Int8, Sparse, SparseInt8
+from .formats import Format, Int4, Int8, Sparse, SparseInt8
 from .layers import Linear
 from .prune import prune_
 from .report import in_bytes, render
@@ -27,6 +27,7 @@ from .timing import threads
 FORMATS: dict[str, Format] = {
     "int8": Int8(),
     "weight-only": Int8(activations="none"),
+    "int4": Int4(),
     "sparse": Sparse(),
     "sparse-int8": SparseInt8(),
 }

@@ -32,6 +32,7 @@ if not hasattr(torch.ops.gossamer, "gemm_int8"):  # loading it twice is an error
 _quantize_rows = torch.ops.gossamer.quantize_rows.default
 _gemm_int8 = torch.ops.gossamer.gemm_int8.default
 _gemm_w8 = torch.ops.gossamer.gemm_w8.default
+_gemm_int4 = torch.ops.gossamer.gemm_int4.default
 _spmm = torch.ops.gossamer.spmm.default
 _spmm_int8 = torch.ops.gossamer.spmm_int8.default
 _im2col = torch.ops.gossamer.im2col.default
@@ -147,6 +148,25 @@ def gemm_w8(
     return _finish(x, _gemm_w8(_prepare(x, conv), panels, scale, bias, k, activation, conv))
 
 
+def gemm_int4(
+    x: Tensor,
+    panels: Tensor,
+    group_scale: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    bias: Tensor | None,
+    k: int,
+    activation: int = 0,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """y = act(x @ w^T + bias), w dense int4 in panels, x quantized to u8 a row on the way.
+
+    Buffers: docs/formats.md, Int4. Other arguments as in `gemm_int8`.
+    """
+    x_ = _prepare(x, conv)
+    return _finish(x, _gemm_int4(x_, panels, group_scale, scale, wsum, bias, k, activation, conv))
+
+
 def spmm(
     x: Tensor,
     values: Tensor,
@@ -228,6 +248,11 @@ def _(x, panels, scale, wsum, bias, k, activation, conv):
 
 @torch.library.register_fake("gossamer::gemm_w8")
 def _(x, panels, scale, bias, k, activation, conv):
+    return _product_like(x, scale.shape[0], conv)
+
+
+@torch.library.register_fake("gossamer::gemm_int4")
+def _(x, panels, group_scale, scale, wsum, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
 
 

@@ -91,6 +91,13 @@ def gemm_w8(
     return spmm(x, q.double() * scale.double()[:, None], bias, activation)
 
 
+def gemm_int4(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """`gemm_int8` with q (n, k) the product of each weight's value and its group's scale."""
+    return gemm_int8(x, q, scale, bias, activation)
+
+
 def spmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
     """y = act(x @ weight^T + bias).
 

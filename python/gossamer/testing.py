@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from gossamer import _C
-from gossamer.formats import Format, Int8, Sparse, SparseInt8
+from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 
 # The format that each multiplying stem serves.
 FORMATS: dict[str, Format] = {
     "gemm_int8": Int8(),
     "gemm_w8": Int8(activations="none"),
+    "gemm_int4": Int4(),
     "spmm": Sparse(),
     "spmm_int8": SparseInt8(),
 }
@@ -258,6 +259,7 @@ CASES: dict[str, list[Any]] = {
     ],
     "gemm_int8": _products(1.0, 1),
     "gemm_w8": _products(1.0, 1),
+    "gemm_int4": _products(1.0, 1),
     "spmm": _products(0.1, 1),
     "spmm_int8": _products(0.2, 4),
     "im2col": [

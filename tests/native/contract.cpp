@@ -266,6 +266,18 @@ bool check_moves() {
   float floats[kLanes];
   store(floats, set(1.5f));
   for (const float lane : floats) right = right && require("set", lane == 1.5f);
+  int8_t codes[kLanes * 4];
+  memcpy(codes, bytes, sizeof codes);
+  store(back, load_signed(codes));
+  for (int i = 0; i < kLanes; ++i) right = right && require("load_signed", back[i] == codes[i]);
+  store(back, decode<0>(load_words(bytes)));
+  memcpy(codes, back, sizeof codes);
+  for (int i = 0; i < kLanes * 4; ++i)
+    right = right && require("decode", codes[i] == kInt4Values[bytes[i] & 15]);
+  store(back, decode<1>(load_words(bytes)));
+  memcpy(codes, back, sizeof codes);
+  for (int i = 0; i < kLanes * 4; ++i)
+    right = right && require("decode", codes[i] == kInt4Values[bytes[i] >> 4]);
   for (int i = 0; i < kLanes; ++i) words[i] = bytes[i];
   store_bytes(out, load(words));
   return right && require("store_bytes", memcmp(out, bytes, sizeof out) == 0);

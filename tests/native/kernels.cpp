@@ -75,6 +75,10 @@ class Run {
               [&](const QuantizedTile& x, const Destination& to, void*) {
                 table_.gemm_int8(x, operands_.int8(), panels, to);
               });
+    quantized(Arithmetic::kInt4, whole_.x.rows, 0,
+              [&](const QuantizedTile& x, const Destination& to, void*) {
+                table_.gemm_int4(x, operands_.int4(), panels, to);
+              });
     quantized(Arithmetic::kSparseInt8, kMaxLanes, spmm_int8_scratch(n, k, rows),
               [&](const QuantizedTile& x, const Destination& to, void* scratch) {
                 table_.spmm_int8(x, operands_.sparse_int8(), chunks, to, scratch);
@@ -93,7 +97,8 @@ class Run {
   template <typename Multiply>
   void quantized(Arithmetic arithmetic, int64_t most, int64_t scratch_bytes, Multiply multiply) {
     const Product p = Tile(whole_, most).product;
-    const int64_t stride = round_up(p.weight.k, kStep);
+    const int64_t unit = arithmetic == Arithmetic::kInt4 ? kInt4Step : kStep;
+    const int64_t stride = round_up(p.weight.k, unit);
     const Guarded<char> x(p.encoded_x(), side_);
     Guarded<uint8_t> q(p.x.rows * stride, side_);
     Guarded<float> scale(p.x.rows, side_);

@@ -43,6 +43,7 @@ void backwards(int64_t begin, int64_t end, int64_t grain, gossamer_body body, vo
 int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
              const gossamer_output& y, gossamer_parallel_for parallel_for) {
   const gossamer_int8 int8 = w.int8();
+  const gossamer_int4 int4 = w.int4();
   const gossamer_sparse sparse = w.sparse();
   const gossamer_sparse_int8 sparse_int8 = w.sparse_int8();
   switch (arithmetic) {
@@ -50,6 +51,8 @@ int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
       return gossamer_gemm_int8(&x, &int8, &y, parallel_for);
     case Arithmetic::kWeightOnly:
       return gossamer_gemm_w8(&x, &int8, &y, parallel_for);
+    case Arithmetic::kInt4:
+      return gossamer_gemm_int4(&x, &int4, &y, parallel_for);
     case Arithmetic::kSparse:
       return gossamer_spmm(&x, &sparse, &y, parallel_for);
     case Arithmetic::kSparseInt8:
@@ -80,7 +83,6 @@ void check_products(const Product& p) {
     require_ok(gossamer_check_index(&index, gossamer_cell_count(index.n, index.k, unit), unit));
   }
   for (const Arithmetic arithmetic : kArithmetics) {
-    const bool integers = arithmetic == Arithmetic::kInt8 || arithmetic == Arithmetic::kSparseInt8;
     const std::vector<Expected> reference = p.reference(arithmetic);
     std::vector<char> first;
     for (const char* const* isa = gossamer_isas(); *isa; ++isa) {
@@ -90,12 +92,13 @@ void check_products(const Product& p) {
       compare(p, reference, y, what);
       require(y == result(p, arithmetic, operands[1], Side::kBegin, backwards),
               what + ": another split, other bits");
-      if (integers && !first.empty())
+      if (integers(arithmetic) && !first.empty())
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
     }
     for (const char byte : first)
-      if (integers) int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
+      if (integers(arithmetic))
+        int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
   }
 }
 

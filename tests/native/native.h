@@ -10,7 +10,8 @@
 #include "plain.h"
 
 constexpr Arithmetic kArithmetics[] = {Arithmetic::kInt8, Arithmetic::kWeightOnly,
-                                       Arithmetic::kSparse, Arithmetic::kSparseInt8};
+                                       Arithmetic::kInt4, Arithmetic::kSparse,
+                                       Arithmetic::kSparseInt8};
 constexpr Side kSides[] = {Side::kEnd, Side::kBegin};
 
 inline void require(bool condition, const std::string& what) {

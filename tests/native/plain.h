@@ -124,7 +124,12 @@ inline double activated(double y, gossamer_activation activation) {
   }
 }
 
-enum class Arithmetic { kInt8, kWeightOnly, kSparse, kSparseInt8 };
+enum class Arithmetic { kInt8, kWeightOnly, kInt4, kSparse, kSparseInt8 };
+
+// Sums of integers: the same bits on every Isa.
+inline bool integers(Arithmetic arithmetic) {
+  return arithmetic != Arithmetic::kWeightOnly && arithmetic != Arithmetic::kSparse;
+}
 
 struct Expected {
   double y, bound;
@@ -133,20 +138,25 @@ struct Expected {
 // One element of the result and how far off rounding may be.
 inline Expected expected(const Line& line, const Weight& w, int64_t o, Arithmetic arithmetic,
                          float bias, gossamer_activation activation) {
-  const bool integers = arithmetic == Arithmetic::kInt8 || arithmetic == Arithmetic::kSparseInt8;
   const float scale = w.scale[static_cast<size_t>(o)];
   const Quantized& quantized = line.quantized;
-  int64_t sum = 0;
+  int64_t sum = 0, bytes = 0;
   double floats = 0, size = 0;
   for (int64_t i = 0; i < w.k; ++i) {
     const float x = line.x[static_cast<size_t>(i)];
-    sum += (quantized(x) - quantized.zero) * w.at(o, i);
-    floats += double{x} * w.at(o, i);
-    size += fabs(double{x} * w.at(o, i));
+    const int weight = arithmetic == Arithmetic::kInt4 ? w.int4(o, i) : w.at(o, i);
+    sum += (quantized(x) - quantized.zero) * weight;
+    floats += double{x} * weight;
+    size += fabs(double{x} * weight);
+    bytes += (quantized(x) + quantized.zero) * abs(weight);
   }
   // The sparse floats are the integers themselves, without a scale.
   const double factor = arithmetic == Arithmetic::kSparse ? 1 : double{scale};
-  const double y = integers ? double(sum) * (double{quantized.scale} * scale) : floats * factor;
-  const double terms = integers ? fabs(y) : size * factor * double(w.k);
+  const double both = double{quantized.scale} * scale;
+  const double y = integers(arithmetic) ? double(sum) * both : floats * factor;
+  // int4 adds the sums of groups, and takes the zero off, in floats.
+  const double terms = arithmetic == Arithmetic::kInt4 ? double(bytes) * both * double(w.k / 16 + 2)
+                       : integers(arithmetic)          ? fabs(y)
+                                                       : size * factor * double(w.k);
   return {activated(y + bias, activation), 1.2e-7 * (terms + 8 * (fabs(y) + fabs(bias) + 1))};
 }

@@ -1,4 +1,4 @@
-// weights.h: random weights, and both layouts of docs/formats.md written down a second time, as
+// weights.h: random weights, and the layouts of docs/formats.md written down a second time, as
 // plain loops.
 #pragma once
 
@@ -10,6 +10,9 @@
 
 #include "gossamer.h"
 #include "guarded.h"
+
+// The values of int4 weights.
+constexpr int kValues[16] = {-32, -25, -20, -15, -12, -8, -5, -3, 0, 3, 6, 9, 12, 16, 21, 27};
 
 // q (n, k) int8 and a scale an output. |q| <= 32, so that no lane of four can overflow whatever its
 // place.
@@ -49,6 +52,40 @@ struct Weight {
           for (int64_t i = s * 4; i < s * 4 + 4; ++i)
             panels.push_back(o < n ? at(o, i) : int8_t{0});
     return panels;
+  }
+
+  // The int4 weight: of each q the place of the value next below it, and scales out of a hat.
+  int64_t group() const { return n % 2 ? 16 : 32; }
+  int group_scale(int64_t o, int64_t i) const {
+    return static_cast<int>((o * 5 + i / group() * 3) % 128) - 64;
+  }
+  uint8_t place(int64_t o, int64_t i) const {
+    const int8_t value = o < n ? at(o, i) : int8_t{0};
+    return static_cast<uint8_t>(std::upper_bound(kValues, kValues + 16, value) - kValues - 1);
+  }
+  int int4(int64_t o, int64_t i) const { return kValues[place(o, i)] * group_scale(o, i); }
+  std::vector<int32_t> int4_sums() const {
+    std::vector<int32_t> sums(static_cast<size_t>(n));
+    for (int64_t o = 0; o < n; ++o)
+      for (int64_t i = 0; i < k; ++i) sums[static_cast<size_t>(o)] += int4(o, i);
+    return sums;
+  }
+  std::vector<uint8_t> int4_panels() const {
+    std::vector<uint8_t> panels;
+    for (int64_t p = 0; p < (n + 15) / 16; ++p)
+      for (int64_t line = 0; line < (k + 31) / 32 * 32; line += 8)
+        for (int64_t o = p * 16; o < p * 16 + 16; ++o)
+          for (int64_t i = line; i < line + 4; ++i)
+            panels.push_back(static_cast<uint8_t>(place(o, i) | place(o, i + 4) << 4));
+    return panels;
+  }
+  std::vector<int8_t> group_scales() const {
+    std::vector<int8_t> scales;
+    for (int64_t p = 0; p < (n + 15) / 16; ++p)
+      for (int64_t i = 0; i < (k + 31) / 32 * 32; i += group())
+        for (int64_t o = p * 16; o < p * 16 + 16; ++o)
+          scales.push_back(static_cast<int8_t>(group_scale(o, i)));
+    return scales;
   }
 };
 
@@ -111,13 +148,16 @@ struct Index {
   }
 };
 
-// The operands of all four products, guarded, and the views that the C ABI takes.
+// The operands of all products, guarded, and the views that the C ABI takes.
 struct Operands {
   Weight weight;
   Index floats, words;
   Guarded<int8_t> panels;
   Guarded<float> scale;
   Guarded<int32_t> wsum;
+  Guarded<uint8_t> int4_panels;
+  Guarded<int8_t> group_scale;
+  Guarded<int32_t> int4_wsum;
   Guarded<uint8_t> float_columns, word_columns;
   Guarded<uint16_t> float_rows, word_rows;
   Guarded<int32_t> float_cells, word_cells;
@@ -131,6 +171,9 @@ struct Operands {
         panels(w.panels(), side),
         scale(w.scale, side),
         wsum(w.sums(), side),
+        int4_panels(w.int4_panels(), side),
+        group_scale(w.group_scales(), side),
+        int4_wsum(w.int4_sums(), side),
         float_columns(floats.columns, side),
         word_columns(words.columns, side),
         float_rows(floats.rows, side),
@@ -142,6 +185,10 @@ struct Operands {
 
   gossamer_int8 int8() const {
     return {weight.n, weight.k, panels.data(), scale.data(), wsum.data()};
+  }
+  gossamer_int4 int4() const {
+    return {weight.n,           weight.k,     weight.group(),  int4_panels.data(),
+            group_scale.data(), scale.data(), int4_wsum.data()};
   }
   gossamer_sparse sparse() const {
     return {view(floats, float_columns, float_rows, float_cells), float_values.data()};

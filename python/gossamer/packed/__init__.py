@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gossamer.formats import Format, Int8, Sparse, SparseInt8
+from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 
 from .base import MAX_K, Packed
+from .int4 import PackedInt4
 from .int8 import PackedInt8, PackedW8
 from .lanes import LANE_LIMIT, quantize_lanes
 from .sparse import PackedSparse, PackedSparseInt8
@@ -19,6 +20,7 @@ __all__ = [
     "LANE_LIMIT",
     "MAX_K",
     "Packed",
+    "PackedInt4",
     "PackedInt8",
     "PackedSparse",
     "PackedSparseInt8",
@@ -32,10 +34,14 @@ __all__ = [
 def _packed_type(format: Format) -> type[Packed]:
     if isinstance(format, Int8):
         return PackedInt8 if format.activations == "dynamic" else PackedW8
-    types: dict[type[Format], type[Packed]] = {Sparse: PackedSparse, SparseInt8: PackedSparseInt8}
+    types: dict[type[Format], type[Packed]] = {
+        Int4: PackedInt4,
+        Sparse: PackedSparse,
+        SparseInt8: PackedSparseInt8,
+    }
     if type(format) not in types:
         raise ValueError(
-            f"unknown format {format!r}: use gs.Int8(), gs.Sparse() or gs.SparseInt8()"
+            f"unknown format {format!r}: use gs.Int8(), gs.Int4(), gs.Sparse() or gs.SparseInt8()"
         )
     return types[type(format)]
 

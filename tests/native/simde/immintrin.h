@@ -39,6 +39,10 @@ static inline __m512i cvtps_epi32(__m512 a) {
 static inline __m512i cvtepu16_epi32(__m256i a) {
   return by_halves<__m512i, __m128i>(a, [](__m128i h) { return _mm256_cvtepu16_epi32(h); });
 }
+static inline __m512i cvtepi8_epi32(__m128i a) {
+  return by_halves<__m512i, int64_t>(
+      a, [](int64_t h) { return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(h)); });
+}
 static inline __m512 cvtph_ps(__m256i a) {
   return by_halves<__m512, __m128i>(a, [](__m128i h) { return _mm256_cvtph_ps(h); });
 }
@@ -109,6 +113,7 @@ static inline void store(void* p, __mmask16 mask, Vector a) {
 #define _mm512_abs_ps emulated::abs_ps
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
