@@ -15,6 +15,7 @@ GemmW8 gemm_w8;
 Spmm spmm;
 SpmmInt8 spmm_int8;
 Im2col im2col;
+Ceilings ceilings;
 
 const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          kWideK,
@@ -23,7 +24,8 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          gemm_w8,
                          spmm,
                          spmm_int8,
-                         im2col};
+                         im2col,
+                         ceilings};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer
