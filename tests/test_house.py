@@ -105,6 +105,7 @@ ORDER = (
     ("prune", "distill", "checkpoint"),
     ("compare",),
     ("bench",),
+    ("plots",),
     ("demo",),
     ("cli",),
 )
