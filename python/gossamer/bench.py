@@ -218,6 +218,25 @@ def linear(
     return result
 
 
+def pack(name: str, dense: nn.Linear, sparsity: float) -> tuple[Linear, int]:
+    """The layer in a format, and how many weights are left.
+
+    Args:
+        name: a key of `FORMATS`.
+        dense: stays as it is.
+        sparsity: a sparse format gets a copy of the weight that is pruned for it, in its pattern.
+
+    Example:
+        >>> pack("sparse", nn.Linear(8, 4), 0.75)[1]
+        8
+    """
+    patterns: dict[type[Format], str] = {Sparse: "unstructured", SparseInt8: "1x4"}
+    format = FORMATS[name]
+    if type(format) in patterns:
+        dense = _pruned(dense, sparsity, patterns[type(format)])
+    return Linear.from_dense(dense, format), int(dense.weight.count_nonzero())
+
+
 def measure(
     calls: Mapping[str, Callable[[], object]],
     num_threads: int | Mapping[str, int],
@@ -300,14 +319,9 @@ def _peer(name: str, dense: nn.Linear, x: Tensor, sparsity: float) -> _Runner:
 
 
 def _pack(name: str, dense: nn.Linear, x: Tensor, sparsity: float) -> _Runner:
-    """The layer in a format; a sparse one gets a copy of the weight that is pruned for it."""
-    patterns: dict[type[Format], str] = {Sparse: "unstructured", SparseInt8: "1x4"}
-    format = FORMATS[name]
-    if type(format) in patterns:
-        dense = _pruned(dense, sparsity, patterns[type(format)])
-    layer = Linear.from_dense(dense, format)
+    layer, weights = pack(name, dense, sparsity)
     _validate(name, layer, x)
-    kernel, weights = layer.packed.kernel, int(dense.weight.count_nonzero())
+    kernel = layer.packed.kernel
     integer = kernel in ceilings.INTEGER
     return _Runner(name, lambda: layer(x), weights, layer.packed.nbytes, integer, kernel)
 
