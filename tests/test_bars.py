@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,3 +50,14 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
     for name in ("roofline.png", "speedup.png"):
         assert (tmp_path / name).stat().st_size < 150_000
         assert f"({name})" in page
+
+    for name in ("README.md", "bench/minilm.json", "bench/demo.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    readme = tmp_path / "README.md"
+    command = (sys.executable, ROOT / "bench" / "readme.py", "--readme", readme)
+    output(*command, "--folder", tmp_path)
+    before, after = (ROOT / "README.md").read_text(), readme.read_text()
+    first, *_ = (r for r in figures["results"] if r["layer"] != "call overhead")
+    assert f"({first['m']}, {first['k']} -> {first['n']}) | " in after
+    prose = [[line for line in text.split("\n") if "|" not in line] for text in (before, after)]
+    assert prose[0] == prose[1], "nothing but tables is written"
