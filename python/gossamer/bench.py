@@ -115,6 +115,11 @@ class Result:
         """The timing of that name, if there is one."""
         return next((timing for timing in self.timings if timing.name == name), None)
 
+    def ratio(self, name: str, other: str) -> float:
+        """How many times faster than `other` the one of that name is, by their medians."""
+        medians = {timing.name: timing.p50_ms for timing in self.timings}
+        return medians[other] / medians[name]
+
     def __str__(self) -> str:
         title = f"{self.layer}: {self.m} rows, {self.k} -> {self.n}"
         foot = (
