@@ -63,8 +63,11 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_quantizing_leaves_torch_as_it_was() -> None:
     before = torch.backends.quantized.engine
-    peers.build("onednn", *layer())
-    assert torch.backends.quantized.engine == before
+    for first, second in (("fbgemm", "onednn"), ("onednn", "fbgemm")):
+        torch.backends.quantized.engine = first
+        peers.build(second, *layer())
+        assert torch.backends.quantized.engine == first
+    torch.backends.quantized.engine = before
 
 
 def test_a_sparse_peer_gets_the_weight_that_sparse_formats_get() -> None:
