@@ -244,6 +244,23 @@ extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
   });
 }
 
+extern "C" int gossamer_ceiling(gossamer_loop loop, const int32_t* data, int64_t bytes,
+                                int64_t turns, double* work, float* mean) {
+  if (!active_kernels()) return fail("%s", isa_error());
+  if (loop < GOSSAMER_LOOP_MULADD || loop > GOSSAMER_LOOP_READ) {
+    return fail("loop %d is unknown: use 0 (muladd), 1 (dot) or 2 (read)", int(loop));
+  }
+  if (bytes < 4096 || bytes % 4096) {
+    return fail("bytes=%lld must be a multiple of 4096", Long(bytes));
+  }
+  if (turns < 0 || turns > 1 << 22) {
+    return fail("turns=%lld must be 0 to 4194304", Long(turns));
+  }
+  if (!data || !work || !mean) return fail("data, work and mean must not be NULL");
+  *work = active_kernels()->ceilings(loop, data, bytes, turns, mean);
+  return GOSSAMER_OK;
+}
+
 extern "C" const char* gossamer_isa(void) {
   const Kernels* kernels = active_kernels();
   if (kernels) return kernels->isa;

@@ -54,6 +54,9 @@ using SpmmInt8 = void(const QuantizedTile& x, const gossamer_sparse_int8& w, Ran
 // Rows (output pixels) of one image; `size` bytes an element; `pad` fills what lies outside.
 using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, uint8_t pad,
                     Range rows, void* out);
+// No operator: what bounds them, for benchmarks. -> operations or bytes; `mean` of the loop's sums.
+using Ceilings = double(gossamer_loop loop, const int32_t* data, int64_t bytes, int64_t turns,
+                        float* mean);
 
 struct Kernels {
   const char* isa;
@@ -66,6 +69,7 @@ struct Kernels {
   Spmm* spmm;
   SpmmInt8* spmm_int8;
   Im2col* im2col;
+  Ceilings* ceilings;
 };
 
 // Most rows in a tile of gemm_w8 and of the sparse kernels.

@@ -41,12 +41,15 @@ def test_bench_json_on_stdout_is_nothing_but_json(call):
     assert code == 0
     figures = json.loads(out)
     assert figures["machine"]["isa"] == _C.isa()
+    assert figures["ceilings"]["fp32"] > 0
     (result,) = figures["results"]
     assert (result["m"], result["k"], result["n"], result["sparsity"]) == (3, 40, 24, 0.75)
     timings = {timing["name"]: timing for timing in result["timings"]}
     assert timings.keys() >= {bench.TORCH_FP32, *bench.FORMATS}
     for timing in timings.values():
         assert 0 < timing["p20_ms"] <= timing["p50_ms"] <= timing["p80_ms"]
+        assert timing["share"] > 0 and timing["bound"] in ("fp32", "int8", "l2", "l3", "dram")
+        assert timing["vs"].keys() == {bench.TORCH_FP32, "fbgemm"}
     # GFLOP/s count what is multiplied: a quarter of the weights in the sparse formats.
     share = timings["sparse"]["gflops"] * timings["sparse"]["p50_ms"]
     dense = timings[bench.TORCH_FP32]["gflops"] * timings[bench.TORCH_FP32]["p50_ms"]
@@ -59,6 +62,25 @@ def test_bench_prints_a_table_and_writes_a_file(call, tmp_path):
     assert code == 0
     assert "gemm_int8" in out and "spmm_int8" in out and "weight-only" not in out
     assert len(json.loads(path.read_text())["results"]) == 1
+
+
+def test_bench_sweeps_over_rows_and_sparsity(call):
+    sweep = ("--rows", "1,3", "--sparsity", "0.5, 0.75", "--format", "sparse", "--peers", "none")
+    code, out, _ = call("bench", "--k", "40", "--n", "24", "--seconds", "0", *sweep, "--json", "-")
+    assert code == 0
+    results = json.loads(out)["results"]
+    assert [(r["m"], r["sparsity"]) for r in results] == [(1, 0.5), (1, 0.75), (3, 0.5), (3, 0.75)]
+    for result in results:
+        fp32, sparse = result["timings"]
+        assert sparse["ops"] == pytest.approx(fp32["ops"] * (1 - result["sparsity"]))
+        assert sparse["vs"].keys() == {bench.TORCH_FP32}
+
+
+def test_bench_says_what_the_ceilings_are_and_how_much_faster_than_peers(call):
+    code, out, _ = call(*SMALL, "--peers", "torch.sparse", "--format", "int8")
+    assert code == 0
+    assert out.startswith(f"ceilings of {_C.isa()}, 1 thread: fp32 ")
+    assert "| times faster than | torch.sparse |" in out and "fbgemm" not in out
 
 
 def test_bench_named_layers_with_other_rows_and_another_isa(call):
@@ -80,12 +102,15 @@ def test_bench_named_layers_with_other_rows_and_another_isa(call):
     [
         (("nope",), "No such command"),
         (("bench", "--nope"), "No such option: --nope"),
-        (("bench", "--m", "x"), "Invalid value for '--m'"),
+        (("bench", "--m", "1,x"), "--rows 1,x: give whole numbers, separated by commas"),
+        (("bench", "--sparsity", "many"), "--sparsity many: give numbers"),
+        ((*SMALL, "--peers", "fbgemm,mine"), "unknown peer 'mine': use fbgemm, onednn"),
+        ((*SMALL, "--plot", "no/such/folder"), "--plot no/such/folder: there is no such folder"),
         (("bench", "--threads", "0"), "Invalid value for '--threads'"),
         (("bench", "--layer", "nope"), "unknown layer 'nope': use minilm.attention"),
         (("bench", "--k", "8"), "give either --layer or both --k and --n"),
         (("bench", "--layer", "bert.ffn.up", "--k", "8", "--n", "8"), "give either --layer or"),
-        ((*SMALL, "--m", "0"), "m=0 must be at least 1"),
+        (("bench", "--k", "8", "--n", "8", "--rows", "0"), "m=0 must be at least 1"),
         ((*SMALL, "--k", "70000"), "k=70000 overflows int32 (limit 65536)"),
         ((*SMALL, "--n", "99999999"), "choose a smaller layer"),
         ((*SMALL, "--format", "int8,int3"), "unknown format 'int3': use int8"),
@@ -138,5 +163,4 @@ def test_a_torch_without_quantize_dynamic_is_said_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.ao.quantization", None)
     result = bench.linear(3, 40, 24, ["int8"], seconds=0)
     assert [timing.name for timing in result.timings] == [bench.TORCH_FP32, "int8"]
-    assert all(timing.vs_int8 is None for timing in result.timings)
-    assert "no quantize_dynamic" in str(result)
+    assert "without fbgemm: torch" in str(result) and "has no quantize_dynamic" in str(result)

@@ -123,6 +123,16 @@ GOSSAMER_API int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint
 GOSSAMER_API int gossamer_im2col(const gossamer_input* x, void* rows,
                                  gossamer_parallel_for parallel_for);
 
+/* Loops that do one thing only, as fast as the instruction set in use can: multiply-adds of floats,
+ * int8 dots, reading memory. For benchmarks: no kernel is faster than these. */
+typedef enum { GOSSAMER_LOOP_MULADD, GOSSAMER_LOOP_DOT, GOSSAMER_LOOP_READ } gossamer_loop;
+/* Runs `turns` turns, at most 2^22, on this thread. data: bytes / 4 int32, all 1; bytes a multiple
+ * of 4096, of which only the third loop reads more than the first 4096. `work` becomes the
+ * operations, or bytes read; `mean` that of the loop's sums, from which one can tell that it ran:
+ * turns; turns^2 (up to 255); turns * bytes / 4 / lanes (up to 2^31). */
+GOSSAMER_API int gossamer_ceiling(gossamer_loop loop, const int32_t* data, int64_t bytes,
+                                  int64_t turns, double* work, float* mean);
+
 /* Are all shapes, offsets and columns of an index inside their bounds? Run it once on what came
  * from a file: the products trust their operands. `unit` is the number of inputs a column stands
  * for (1 or 4). */

@@ -16,6 +16,7 @@ GemmInt4 gemm_int4;
 Spmm spmm;
 SpmmInt8 spmm_int8;
 Im2col im2col;
+Ceilings ceilings;
 
 const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          kWideK,
@@ -25,7 +26,8 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          gemm_int4,
                          spmm,
                          spmm_int8,
-                         im2col};
+                         im2col,
+                         ceilings};
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

@@ -7,6 +7,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gossamer.h"
@@ -145,6 +146,15 @@ void define_products(py::module_& m) {
       free_gil);
 }
 
+// -> (work, mean), see gossamer_ceiling.
+std::pair<double, float> ceiling(int loop, Address data, int64_t bytes, int64_t turns) {
+  double work = 0;
+  float mean = 0;
+  require(gossamer_ceiling(static_cast<gossamer_loop>(loop), pointer<const int32_t>(data), bytes,
+                           turns, &work, &mean));
+  return {work, mean};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -169,4 +179,6 @@ PYBIND11_MODULE(_C, m) {
     require(gossamer_check_index(&index, cell_count, unit));
   });
   define_products(m);
+  m.def("ceiling", &ceiling, py::arg("loop"), py::arg("data"), py::arg("bytes"), py::arg("turns"),
+        py::call_guard<py::gil_scoped_release>());
 }

@@ -1,11 +1,10 @@
-"""How fast a layer is: every format against torch, checked first, then timed in turns."""
+"""How fast a layer is: every format against torch and peers, checked first, then timed in turns."""
 
 from __future__ import annotations
 
 import copy
 import platform
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 import gossamer
 
-from . import _C, reference
+from . import _C, ceilings, peers, reference
+from .ceilings import Ceilings
 from .formats import Format, Int4, Int8, Sparse, SparseInt8
 from .layers import Linear
 from .prune import prune_
@@ -36,7 +36,11 @@ FORMATS: dict[str, Format] = {
 # as the products that they are (a row is a pixel, an input a channel at a tap).
 LAYERS: dict[str, tuple[int, int, int]] = {
     **{name: (128, k, n) for name, (k, n) in NAMED_LAYERS.items()},
-    "llama.decode": (1, 4096, 4096),
+    "llama.decode.attention": (1, 4096, 4096),
+    "llama2-7b.decode.ffn.up": (1, 4096, 11008),
+    "llama2-7b.decode.ffn.down": (1, 11008, 4096),
+    "llama3-8b.decode.ffn.up": (1, 4096, 14336),
+    "llama3-8b.decode.ffn.down": (1, 14336, 4096),
     "resnet50.layer1.conv2": (56 * 56, 64 * 9, 64),
     "resnet50.layer2.conv2": (28 * 28, 128 * 9, 128),
     "resnet50.layer3.conv2": (14 * 14, 256 * 9, 256),
@@ -45,7 +49,6 @@ LAYERS: dict[str, tuple[int, int, int]] = {
 
 MAX_GIGABYTES = 2  # of operands; the check in float64 needs several times as much
 TORCH_FP32 = "torch fp32"
-TORCH_INT8 = "torch int8"  # quantize_dynamic
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,18 @@ class Timing:
     """What one way to compute the layer took.
 
     Args:
-        name: `TORCH_FP32`, `TORCH_INT8` or a key of `FORMATS`.
-        kernel: the operator that ran.
+        name: `TORCH_FP32`, a key of `peers.PEERS` or a key of `FORMATS`.
+        kernel: the operator that ran; "" for a peer.
         p20_ms, p50_ms, p80_ms: milliseconds of one call, percentiles over the rounds.
-        gflops: 2 * m * stored weights / p50: work that a zero saves does not count.
+        ops: 2 * m * stored weights: work that a zero saves does not count.
         weight_bytes: of the weight as it is stored.
+        moved_bytes: weight, input and output, each once.
+        gflops: ops / p50.
         gb_per_s: weight_bytes / p50; what bounds a product of few rows.
-        vs_fp32, vs_int8: p50 of torch's fp32 and dynamic int8 layer over this one's.
+        bound: the ceiling that it meets first, see `Ceilings.bound`.
+        share: the least time that this ceiling allows / p50. Ceilings are those of the Isa in use:
+            a peer that uses wider instructions than that can exceed 1.
+        vs: name -> p50 of `TORCH_FP32`, and of each peer, over this one's.
     """
 
     name: str
@@ -67,16 +75,22 @@ class Timing:
     p20_ms: float
     p50_ms: float
     p80_ms: float
-    gflops: float
+    ops: float
     weight_bytes: int
+    moved_bytes: int
+    gflops: float
     gb_per_s: float
-    vs_fp32: float
-    vs_int8: float | None
+    bound: str
+    share: float
+    vs: dict[str, float]
 
 
 @dataclass
 class Result:
-    """One layer: m rows, k inputs, n outputs, and how long each way to compute it took."""
+    """One layer: m rows, k inputs, n outputs, and how long each way to compute it took.
+
+    `notes` says which peers are missing, and why.
+    """
 
     layer: str
     m: int
@@ -87,29 +101,55 @@ class Result:
     isa: str
     rounds: int
     timings: list[Timing] = field(default_factory=list)
-    note: str = ""
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Result:
+        """What `to_json` described."""
+        return cls(**{**data, "timings": [Timing(**timing) for timing in data["timings"]]})
+
+    def timing(self, name: str) -> Timing | None:
+        """The timing of that name, if there is one."""
+        return next((timing for timing in self.timings if timing.name == name), None)
+
+    def ratio(self, name: str, other: str) -> float:
+        """How many times faster than `other` the one of that name is, by their medians."""
+        medians = {timing.name: timing.p50_ms for timing in self.timings}
+        return medians[other] / medians[name]
+
     def __str__(self) -> str:
-        headers = ["", "kernel", ">p20 ms", ">p50 ms", ">p80 ms", ">GFLOP/s", ">weight", ">GB/s"]
-        headers += [">vs fp32", ">vs int8"]
-        rows = [
-            [
-                *(t.name, t.kernel, *(f"{ms:.3g}" for ms in (t.p20_ms, t.p50_ms, t.p80_ms))),
-                *(f"{t.gflops:.3g}", in_bytes(t.weight_bytes), f"{t.gb_per_s:.3g}"),
-                *(f"{t.vs_fp32:.2f}x", "" if t.vs_int8 is None else f"{t.vs_int8:.2f}x"),
-            ]
-            for t in self.timings
-        ]
         title = f"{self.layer}: {self.m} rows, {self.k} -> {self.n}"
         foot = (
             f"{self.isa}, {self.threads} thread{'s' * (self.threads > 1)}, "
             f"{self.rounds} interleaved rounds, sparse formats at {self.sparsity:.0%} zeros"
         )
-        return "\n".join(filter(None, [title, render(headers, rows), foot, self.note]))
+        parts = [title, self._times(), self._ratios(), foot, *self.notes]
+        return "\n".join(filter(None, parts))
+
+    def _times(self) -> str:
+        headers = ["", "kernel", ">ms", ">+-", ">GFLOP/s", ">weight", ">GB/s", ">share of"]
+        rows = [
+            [
+                *(t.name, t.kernel, f"{t.p50_ms:.3g}"),
+                f"{(t.p80_ms - t.p20_ms) / 2 / t.p50_ms:.0%}",
+                *(f"{t.gflops:.3g}", in_bytes(t.weight_bytes), f"{t.gb_per_s:.3g}"),
+                *(f"{t.share:.0%} {t.bound:>4}", f"{t.vs[TORCH_FP32]:.2f}x"),
+            ]
+            for t in self.timings
+        ]
+        return render([*headers, ">vs fp32"], rows)
+
+    def _ratios(self) -> str:
+        """How many times faster than each peer the formats are."""
+        ours = [timing for timing in self.timings if timing.name in FORMATS]
+        others = [name for name in ours[0].vs if name != TORCH_FP32] if ours else []
+        rows = [[t.name, *(f"{t.vs[name]:.2f}x" for name in others)] for t in ours]
+        table = render(["times faster than", *(f">{name}" for name in others)], rows)
+        return f"\n{table}\n" if others else ""
 
 
 @dataclass(frozen=True)
@@ -117,10 +157,11 @@ class _Runner:
     """One way to compute the layer; `weights` are those it multiplies by."""
 
     name: str
-    module: nn.Module
-    kernel: str
+    call: Callable[[], object]
     weights: int
     weight_bytes: int
+    integer: bool = False
+    kernel: str = ""
 
 
 def linear(
@@ -132,53 +173,80 @@ def linear(
     num_threads: int = 1,
     layer: str = "linear",
     seconds: float = 2.0,
+    against: Sequence[str] = ("fbgemm",),
 ) -> Result:
-    """Times y = x @ w^T + bias in torch and in each format, x (m, k) and w (n, k).
+    """Times y = x @ w^T + bias in torch, in peers and in each format, x (m, k) and w (n, k).
 
-    Every packed result is compared with `gossamer.reference` before the clock starts. The sparse
-    formats get a pruned weight, in their own pattern; the others are not helped by zeros.
+    Every packed result is compared with `gossamer.reference` before the clock starts, a peer's with
+    torch's. The sparse formats get a pruned weight, in their own pattern, as does a sparse peer;
+    the others are not helped by zeros.
 
     Args:
         m, k, n: rows, inputs, outputs; k <= 65536.
         formats: keys of `FORMATS`.
         sparsity: of the sparse formats' weights, in [0, 1).
-        num_threads: for torch and for us.
+        num_threads: for torch, for peers and for us.
         layer: what to call it.
         seconds: about how long to measure.
+        against: keys of `peers.PEERS`; one that is not installed is left out, and a note says so.
 
     Raises:
-        ValueError: a size below 1 or too large, an unknown format, a sparsity outside [0, 1).
+        ValueError: a size below 1 or too large, an unknown format or peer, a sparsity outside
+            [0, 1).
         AssertionError: a kernel's result is wrong.
 
     Example:
-        >>> result = linear(8, 64, 32, ["int8"], seconds=0.01)
-        >>> [timing.name for timing in result.timings if timing.name != TORCH_INT8]
+        >>> result = linear(8, 64, 32, ["int8"], seconds=0.01, against=[])
+        >>> [timing.name for timing in result.timings]
         ['torch fp32', 'int8']
     """
-    _check(m, k, n, formats, num_threads)
+    _check(m, k, n, formats, num_threads, against)
     torch.manual_seed(0)
     dense, x = nn.Linear(k, n), torch.randn(m, k)
-    runners = [_Runner(TORCH_FP32, dense, "F.linear", n * k, dense.weight.nbytes)]
-    quantized, note = _quantize_dynamic(dense)
-    if quantized is not None:
-        runners.append(_Runner(TORCH_INT8, quantized, "quantize_dynamic", n * k, n * k))
-    runners += [_pack(name, dense, sparsity) for name in formats]
+    runners = [_Runner(TORCH_FP32, lambda: dense(x), n * k, dense.weight.nbytes)]
+    notes: list[str] = []
     with threads(num_threads), torch.inference_mode():
-        for runner in runners:
-            if isinstance(runner.module, Linear):
-                _validate(runner.name, runner.module, x)
-        calls = {runner.name: _call(runner.module, x) for runner in runners}
-        times = measure(calls, num_threads, seconds)
+        limits = ceilings.of(_C.isa(), num_threads)
+        for name in against:
+            try:
+                runners.append(_peer(name, dense, x, sparsity))
+            except (ImportError, RuntimeError, AssertionError) as error:
+                notes.append(f"without {name}: {error}")
+        runners += [_pack(name, dense, x, sparsity) for name in formats]
+        times = measure({runner.name: runner.call for runner in runners}, num_threads, seconds)
     rounds = len(times[TORCH_FP32])
-    result = Result(layer, m, k, n, sparsity, num_threads, _C.isa(), rounds, note=note)
-    median = {name: statistics.median(own) for name, own in times.items()}
+    result = Result(layer, m, k, n, sparsity, num_threads, _C.isa(), rounds, notes=notes)
+    others = [runner.name for runner in runners if runner.name not in FORMATS]
+    medians = {name: statistics.median(times[name]) for name in others}
     for runner in runners:
-        result.timings.append(_timing(runner, m, sorted(times[runner.name]), median))
+        moved = runner.weight_bytes + 4 * m * (k + n)
+        result.timings.append(_timing(runner, m, moved, times[runner.name], medians, limits))
     return result
 
 
+def pack(name: str, dense: nn.Linear, sparsity: float) -> tuple[Linear, int]:
+    """The layer in a format, and how many weights are left.
+
+    Args:
+        name: a key of `FORMATS`.
+        dense: stays as it is.
+        sparsity: a sparse format gets a copy of the weight that is pruned for it, in its pattern.
+
+    Example:
+        >>> pack("sparse", nn.Linear(8, 4), 0.75)[1]
+        8
+    """
+    patterns: dict[type[Format], str] = {Sparse: "unstructured", SparseInt8: "1x4"}
+    format = FORMATS[name]
+    if type(format) in patterns:
+        dense = _pruned(dense, sparsity, patterns[type(format)])
+    return Linear.from_dense(dense, format), int(dense.weight.count_nonzero())
+
+
 def measure(
-    calls: Mapping[str, Callable[[], object]], num_threads: int, seconds: float
+    calls: Mapping[str, Callable[[], object]],
+    num_threads: int | Mapping[str, int],
+    seconds: float,
 ) -> dict[str, list[float]]:
     """Milliseconds of one call of each, round by round.
 
@@ -187,13 +255,14 @@ def measure(
 
     Args:
         calls: name -> what to time.
-        num_threads: for torch.
+        num_threads: for torch; or name -> that call's own.
         seconds: about how long all rounds take together.
     """
     from torch.utils.benchmark import Timer
 
+    own = num_threads if isinstance(num_threads, Mapping) else dict.fromkeys(calls, num_threads)
     timers = {
-        name: Timer("call()", globals={"call": call}, num_threads=num_threads)
+        name: Timer("call()", globals={"call": call}, num_threads=own[name])
         for name, call in calls.items()
     }
     once = {name: timer.timeit(3).mean for name, timer in timers.items()}
@@ -216,6 +285,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "gossamer": gossamer.__version__,
         "python": platform.python_version(),
+        "peers": ", ".join(" ".join(pair) for pair in peers.versions().items()) or "none installed",
     }
 
 
@@ -228,7 +298,9 @@ def _cpu_name() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _check(m: int, k: int, n: int, formats: Sequence[str], num_threads: int) -> None:
+def _check(
+    m: int, k: int, n: int, formats: Sequence[str], num_threads: int, against: Sequence[str]
+) -> None:
     for what, value in (("m", m), ("k", k), ("n", n), ("threads", num_threads)):
         if value < 1:
             raise ValueError(f"{what}={value} must be at least 1")
@@ -237,37 +309,33 @@ def _check(m: int, k: int, n: int, formats: Sequence[str], num_threads: int) -> 
             f"m={m}, k={k}, n={n} need {gigabytes:.3g} GB (limit {MAX_GIGABYTES}): "
             "choose a smaller layer"
         )
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"unknown format {unknown[0]!r}: use {', '.join(FORMATS)}")
+    for name in formats:
+        if name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}: use {', '.join(FORMATS)}")
+    for name in against:
+        peers.check(name)
 
 
-def _call(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    return lambda: module(x)
+def _peer(name: str, dense: nn.Linear, x: Tensor, sparsity: float) -> _Runner:
+    peer = peers.PEERS[name]
+    layer = _pruned(dense, sparsity, "unstructured") if peer.pruned else dense
+    call = peers.build(name, layer, x)
+    weights = int(layer.weight.count_nonzero()) if peer.pruned else layer.weight.numel()
+    return _Runner(name, call, weights, peer.weight_bytes * weights, peer.integer)
 
 
-def _quantize_dynamic(dense: nn.Linear) -> tuple[nn.Module | None, str]:
-    """torch's own dynamic int8 layer; or None, and why there is none."""
-    try:
-        from torch.ao.quantization import quantize_dynamic
-
-        with warnings.catch_warnings():  # deprecated since torch 2.10, and still the fastest peer
-            warnings.simplefilter("ignore")
-            return quantize_dynamic(nn.Sequential(dense), {nn.Linear})[0], ""
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return None, f"torch {torch.__version__} has no quantize_dynamic here: {error}"
+def _pack(name: str, dense: nn.Linear, x: Tensor, sparsity: float) -> _Runner:
+    layer, weights = pack(name, dense, sparsity)
+    _validate(name, layer, x)
+    kernel = layer.packed.kernel
+    integer = kernel in ceilings.INTEGER
+    return _Runner(name, lambda: layer(x), weights, layer.packed.nbytes, integer, kernel)
 
 
-def _pack(name: str, dense: nn.Linear, sparsity: float) -> _Runner:
-    """The layer in a format; a sparse one gets a copy of the weight that is pruned for it."""
-    patterns: dict[type[Format], str] = {Sparse: "unstructured", SparseInt8: "1x4"}
-    format = FORMATS[name]
-    if type(format) in patterns:
-        dense = copy.deepcopy(dense)
-        prune_(dense, sparsity, patterns[type(format)])
-    layer = Linear.from_dense(dense, format)
-    weights = int(dense.weight.count_nonzero())
-    return _Runner(name, layer, layer.packed.kernel, weights, layer.packed.nbytes)
+def _pruned(dense: nn.Linear, sparsity: float, pattern: str) -> nn.Linear:
+    pruned = copy.deepcopy(dense)
+    prune_(pruned, sparsity, pattern)
+    return pruned
 
 
 def _validate(name: str, layer: Linear, x: Tensor) -> None:
@@ -287,17 +355,28 @@ def _validate(name: str, layer: Linear, x: Tensor) -> None:
         raise AssertionError(f"{name} ({packed.kernel}, {_C.isa()}): {error}") from error
 
 
-def _timing(runner: _Runner, m: int, times: list[float], median: Mapping[str, float]) -> Timing:
-    p50 = median[runner.name]
+def _timing(
+    runner: _Runner,
+    m: int,
+    moved: int,
+    times: Sequence[float],
+    medians: Mapping[str, float],
+    limits: Ceilings,
+) -> Timing:
+    times, p50, ops = sorted(times), statistics.median(times), 2.0 * m * runner.weights
+    bound = limits.bound(ops, moved, runner.integer)
     return Timing(
         name=runner.name,
         kernel=runner.kernel,
         p20_ms=times[len(times) // 5],
         p50_ms=p50,
         p80_ms=times[len(times) * 4 // 5],
-        gflops=2e-6 * m * runner.weights / p50,
+        ops=ops,
         weight_bytes=runner.weight_bytes,
+        moved_bytes=moved,
+        gflops=1e-6 * ops / p50,
         gb_per_s=1e-6 * runner.weight_bytes / p50,
-        vs_fp32=median[TORCH_FP32] / p50,
-        vs_int8=median[TORCH_INT8] / p50 if TORCH_INT8 in median else None,
+        bound=bound.by,
+        share=bound.ms / p50,
+        vs={name: median / p50 for name, median in medians.items()},
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the figures; - for stdout.")
 ]
+Number = TypeVar("Number", int, float)
 Threads = Annotated[int, typer.Option(min=1, help="Threads to compute with.")]
 
 
@@ -88,54 +90,97 @@ def bench(
         str | None,
         typer.Option(help="Named layers such as bert.ffn.up, separated by commas; or 'all'."),
     ] = None,
-    m: Annotated[int | None, typer.Option(help="Rows; default those of the named layer.")] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option("--rows", "--m", help="Rows, as 1,8,32; default those of the named layer."),
+    ] = None,
     k: Annotated[int | None, typer.Option(help="Inputs.")] = None,
     n: Annotated[int | None, typer.Option(help="Outputs.")] = None,
     format: Annotated[
         str | None, typer.Option(help="Formats, separated by commas; default all.")
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Share of zeros in the sparse formats.")] = 0.9,
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of zeros in the sparse formats, as 0.8,0.9,0.95.")
+    ] = "0.9",
+    peers: Annotated[
+        str, typer.Option(help="Peers to compare with, separated by commas; 'all' or 'none'.")
+    ] = "fbgemm",
     threads: Threads = 1,
     isa: Annotated[
         str | None, typer.Option(help="Instruction set, see info; default the best.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time to measure each layer.")] = 2.0,
     target: Json = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Folder for roofline.png and speedup.png.")
+    ] = None,
 ) -> None:
-    """Time a linear layer in every format against torch.
+    """Time a linear layer in every format against torch, and against other libraries.
 
-    What each format returns is compared with the reference first.
+    What each format returns is compared with the reference first. The ceilings of this CPU are
+    measured first too; each timing says which share of the one that bounds it was reached.
     """
-    from . import _C, testing
+    from . import _C, ceilings, testing
     from .bench import FORMATS, linear, machine
 
     _check_target(target)
-    results = []
+    if plot and not plot.is_dir():
+        raise ValueError(f"--plot {plot}: there is no such folder")
     formats = list(FORMATS) if format is None else _split(format)
+    shapes = _layers(layer, _numbers("--rows", rows, int) if rows else None, k, n)
+    sweep = itertools.product(shapes, _numbers("--sparsity", sparsity, float))
+    against, results = _peers(peers), []
     with testing.isa(isa or _C.isa()):
-        for name, (rows, inputs, outputs) in _layers(layer, m, k, n).items():
-            result = linear(rows, inputs, outputs, formats, sparsity, threads, name, seconds)
+        for index, ((name, m, inputs, outputs), zeros) in enumerate(sweep):
+            result = linear(
+                m, inputs, outputs, formats, zeros, threads, name, seconds, against=against
+            )
             results.append(result.to_json())
             if target != "-":
-                print(result, end="\n\n")
-        _write({"machine": machine(), "results": results}, target)
+                lead = "" if index else f"{ceilings.of(_C.isa(), threads)}\n\n"
+                print(f"{lead}{result}", end="\n\n", flush=True)
+        figures = {
+            "machine": machine(),
+            "ceilings": ceilings.of(_C.isa(), threads).to_json(),
+            "results": results,
+        }
+    _write(figures, target)
+    if plot:
+        from .plots import roofline, speedup
+
+        roofline(figures, plot / "roofline.png")
+        speedup(figures, plot / "speedup.png")
 
 
 def _layers(
-    names: str | None, m: int | None, k: int | None, n: int | None
-) -> dict[str, tuple[int, int, int]]:
-    """Name -> m, k, n of the layers that the options ask for."""
+    names: str | None, rows: list[int] | None, k: int | None, n: int | None
+) -> list[tuple[str, int, int, int]]:
+    """Name, m, k, n of the layers that the options ask for."""
     from .bench import LAYERS
 
     if k is not None and n is not None and names is None:
-        return {"linear": (128 if m is None else m, k, n)}
+        return [("linear", m, k, n) for m in rows or [128]]
     if k is not None or n is not None:
         raise ValueError("give either --layer or both --k and --n")
     chosen = list(LAYERS) if names == "all" else _split(names or "bert.ffn.up")
     for name in chosen:
         if name not in LAYERS:
             raise ValueError(f"unknown layer {name!r}: use {', '.join(LAYERS)}, or --k and --n")
-    return {name: (LAYERS[name][0] if m is None else m, *LAYERS[name][1:]) for name in chosen}
+    return [(name, m, *LAYERS[name][1:]) for name in chosen for m in rows or [LAYERS[name][0]]]
+
+
+def _peers(names: str) -> list[str]:
+    from .peers import PEERS
+
+    return {"all": list(PEERS), "none": []}.get(names, _split(names))
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in _split(text)]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} {text}: give {what}, separated by commas") from None
 
 
 def _split(names: str) -> list[str]:

@@ -1,0 +1,98 @@
+"""Writes the tables of README.md anew, from results.json, minilm.json and demo.json.
+
+python bench/readme.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from linear import HERE
+
+# Name in results.json -> column.
+COLUMNS = {
+    "torch fp32": "torch fp32",
+    "fbgemm": "torch int8",
+    "int8": "`Int8`",
+    "int4": "`Int4`",
+    "sparse": "`Sparse` 90 %",
+    "sparse-int8": "`SparseInt8` 90 %",
+}
+
+
+def layers(figures: dict[str, Any]) -> list[list[str]]:
+    """A row a layer, a column a format: milliseconds, and times faster than torch fp32."""
+    results = [r for r in figures["results"] if r["layer"] != "call overhead"]
+    timed = [{t["name"]: t["p50_ms"] for t in result["timings"]} for result in results]
+    columns = {name: title for name, title in COLUMNS.items() if name in timed[0]}
+    rows = [["layer (rows, inputs -> outputs)", *columns.values()]]
+    for result, ms in zip(results, timed, strict=True):
+        name = result["layer"].split(",")[0]
+        fp32 = ms["torch fp32"]
+        cells = [f"{ms[key]:.3g} ms ({fp32 / ms[key]:.1f}x)" for key in columns]
+        sizes = f"({result['m']}, {result['k']} -> {result['n']})"
+        rows.append([f"{name} {sizes}", f"{fp32:.3g} ms", *cells[1:]])
+    return rows
+
+
+def minilm(figures: dict[str, Any]) -> list[list[str]]:
+    """A row a model: quality on STS-B, and latency."""
+    models = figures["models"]
+    fp32 = models["torch fp32"]["p50_ms"]
+    rows = [["", "Spearman", "mean cosine", "p50"]]
+    for name in sorted(models, key=lambda name: not name.startswith("torch")):
+        ours, own = name.removeprefix("gossamer "), models[name]
+        title = name if ours == name else f"Gossamer `{ours.capitalize()}`"
+        title += " (quantize_dynamic)" * (name == "torch int8")
+        speed = f"{own['p50_ms']:.0f} ms ({fp32 / own['p50_ms']:.2f}x)"
+        rows.append([title, f"{own['spearman']:.4f}", f"{own['mean_cosine']:.4f}", speed])
+    return rows
+
+
+def demo(figures: dict[str, Any]) -> list[list[str]]:
+    """What the demo's pruned CNN keeps and gains."""
+    mean, dense = figures["mean"], figures["runs"][0]["bytes"]["dense fp32"]
+    one, many = mean["times_faster_batch_1"], mean["times_faster_batch_64"]
+    accuracy = [f"{mean[name]:.2f} %" for name in ("accuracy_dense", "accuracy_sparse_int8")]
+    return [
+        ["", "dense fp32", "90 % in 1x4 blocks, sparse int8"],
+        ["test accuracy", *accuracy],
+        ["file", f"{dense / 1e6:.2f} MB", f"{mean['times_smaller']:.1f}x smaller"],
+        ["batch 1 / batch 64", "", f"{one:.1f}x / {many:.1f}x faster"],
+    ]
+
+
+TABLES = {"results.json": layers, "minilm.json": minilm, "demo.json": demo}
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def replace(page: str, rows: list[list[str]]) -> str:
+    """The page with these rows in place of the table whose first two headers are the same."""
+    lines = page.split("\n")
+    head = _line(rows[0][:2]).replace("|  |", "| |")
+    first = next(i for i, line in enumerate(lines) if line.startswith(head))
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    table = [_line(rows[0]), "|" + "---|" * len(rows[0]), *map(_line, rows[1:])]
+    lines[first:last] = [line.replace("|  |", "| |") for line in table]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=HERE, help="of the json files")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    options = parser.parse_args()
+    page = options.readme.read_text()
+    for name, rows in TABLES.items():
+        page = replace(page, rows(json.loads((options.folder / name).read_text())))
+    options.readme.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

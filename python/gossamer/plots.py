@@ -1,0 +1,166 @@
+"""Pictures of what `gossamer bench --json` wrote: a roofline, and bars of speed-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .bench import FORMATS, TORCH_FP32, Result
+from .ceilings import Ceilings
+
+# Ours in strong colours, in the order of FORMATS; peers in pale ones.
+STRONG = ("#0b5fa5", "#3aa6dd", "#d1495b", "#7a1f6d", "#e08e1b", "#2e8b57")
+PALE = ("#555555", "#9aa3ab", "#c3c8cc", "#b7c9a8", "#d9d2b0", "#c9b3d6", "#e3c1c1", "#a9cdd0")
+
+
+def roofline(figures: dict[str, Any], path: Path) -> None:
+    """GOP/s of torch, FBGEMM and each format over operations a byte, under the machine's ceilings.
+
+    Layers below 1e5 operations are left out, if there are others: they measure overheads.
+
+    Args:
+        figures: `ceilings` and `results`, as `gossamer bench --json` writes them.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    limits, results = Ceilings(**figures["ceilings"]), _results(figures)
+    results = [r for r in results if 2 * r.m * r.k * r.n >= 1e5] or results
+    points = [
+        (number, timing, timing.ops / timing.moved_bytes)
+        for number, result in enumerate(results, 1)
+        for timing in result.timings
+        if timing.name in (TORCH_FP32, "fbgemm", *FORMATS)
+    ]
+    figure, axes = _figure(figures, "Roofline: what each kernel reaches, and what the CPU could")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlim(
+        0.5 * min(intensity for *_, intensity in points),
+        2 * max(*(intensity for *_, intensity in points), limits.int8 / limits.dram),
+    )
+    axes.set_ylim(0.5 * min(timing.gflops for _, timing, _ in points), 2 * limits.int8)
+    _draw_ceilings(axes, limits, *axes.get_xlim())
+    colour = _colours(results)
+    for name in (name for name in colour if any(t.name == name for _, t, _ in points)):
+        own = [(x, t.gflops, number) for number, t, x in points if t.name == name]
+        axes.scatter(
+            *zip(*((x, y) for x, y, _ in own), strict=True),
+            s=70,
+            color=colour[name],
+            marker="o" if name in FORMATS else "s",
+            label=name,
+            zorder=3,
+        )
+        for x, y, number in own:
+            axes.annotate(
+                str(number), (x, y), ha="center", va="center", fontsize=6, color="white", zorder=4
+            )
+    axes.set_xlabel("operations / byte of weight, input and output")
+    axes.set_ylabel("GOP/s on stored weights")
+    axes.grid(True, which="major", linewidth=0.3)
+    places = [f"{number}  {_title(result)}" for number, result in enumerate(results, 1)]
+    figure.text(0.715, 0.86, "\n".join(places), fontsize=7, va="top", linespacing=1.5)
+    axes.legend(loc="lower left", bbox_to_anchor=(1.01, 0.0), fontsize=8, frameon=False)
+    figure.subplots_adjust(left=0.07, right=0.7, top=0.9, bottom=0.09)
+    figure.savefig(path, dpi=100)
+
+
+def speedup(figures: dict[str, Any], path: Path) -> None:
+    """How many times faster than torch fp32 each format and each peer is, a group a layer.
+
+    Args:
+        figures: `results`, as `gossamer bench --json` writes them.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    results = _results(figures)
+    colour = _colours(results)
+    names = [name for name in colour if name != TORCH_FP32]
+    figure, axes = _figure(figures, "Times faster than torch fp32")
+    width = 0.86 / max(1, len(names))
+    for index, name in enumerate(names):
+        at = [
+            (place + (index + 0.5) * width - 0.43, timing.vs[TORCH_FP32])
+            for place, result in enumerate(results)
+            if (timing := result.timing(name))
+        ]
+        # From 1 up, or down where it is slower: the axis is logarithmic.
+        x, y = zip(*at, strict=True)
+        axes.bar(x, [v - 1 for v in y], width, bottom=1, color=colour[name], label=name, zorder=3)
+    values = [timing.vs[TORCH_FP32] for result in results for timing in result.timings]
+    axes.set(yscale="log", ylim=(min(values) / 1.2, max(values) * 2.5))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if min(values) <= t <= max(values)]
+    axes.set_yticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.axhline(1, color="black", linewidth=0.8, zorder=4)
+    axes.grid(True, axis="y", linewidth=0.3)
+    labels = [_title(result).replace(" (", "\n(") for result in results]
+    axes.set_xticks(range(len(results)), labels, fontsize=7, rotation=20, ha="right")
+    axes.legend(ncols=6, fontsize=8, frameon=False, loc="upper left")
+    axes.margins(x=0.01)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.91, bottom=0.17)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(figures: dict[str, Any], title: str) -> tuple[Any, Any]:
+    """A figure without pyplot: no window, no state that outlives it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install matplotlib"
+        ) from error
+    about = figures["machine"]
+    threads = figures["ceilings"]["threads"]
+    machine = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
+    figure = Figure(figsize=(12, 6))
+    axes = figure.add_subplot()
+    axes.set_title(f"{title}\n{machine}, torch {about['torch']}", fontsize=10, loc="left")
+    return figure, axes
+
+
+def _draw_ceilings(axes: Any, limits: Ceilings, low: float, high: float) -> None:
+    for name, peak in (("fp32 multiply-add", limits.fp32), ("int8 dot", limits.int8)):
+        axes.plot([low, high], [peak, peak], color="black", linewidth=1)
+        text = f"{name} {peak:.0f} GOP/s"
+        axes.annotate(text, (high, peak), (-4, 3), textcoords="offset points", ha="right", size=8)
+    # L2 and L3 may be close: one is labelled above its line, the other one below.
+    for name, side in (("l2", "bottom"), ("l3", "top"), ("dram", "top")):
+        bandwidth = getattr(limits, name)
+        end = limits.int8 / bandwidth
+        axes.plot([low, end], [bandwidth * low, limits.int8], color="black", linewidth=0.6)
+        axes.text(
+            *(1.1 * low, 1.1 * low * bandwidth, f"{name.upper()} {bandwidth:.0f} GB/s"),
+            size=8,
+            va=side,
+            rotation=math.degrees(math.atan(bandwidth)),
+            rotation_mode="anchor",
+            transform_rotates_text=True,
+        )
+
+
+def _results(figures: dict[str, Any]) -> list[Result]:
+    return [Result.from_json(data) for data in figures["results"]]
+
+
+def _title(result: Result) -> str:
+    sizes = f"({result.m}, {result.k} -> {result.n})"
+    return f"{result.layer} {sizes}"
+
+
+def _colours(results: Sequence[Result]) -> dict[str, str]:
+    """Name -> colour of each way that was timed, peers first."""
+    names = dict.fromkeys(timing.name for result in results for timing in result.timings)
+    ours = [name for name in FORMATS if name in names]
+    others = [name for name in names if name not in FORMATS]
+    pairs = [(others, PALE), (ours, STRONG)]
+    return {
+        name: palette[index % len(palette)]
+        for group, palette in pairs
+        for index, name in enumerate(group)
+    }
