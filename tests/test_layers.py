@@ -124,6 +124,9 @@ def test_conv2d_unpacks_to_the_dense_weight(format: Format, name: str) -> None:
     weight = dense.weight.detach()
     if format == gs.Sparse():
         assert torch.equal(layer.unpack(), weight)
+    elif isinstance(format, gs.Int4):  # a group's largest weight may lose 6 of 38
+        most = weight.abs().amax((1, 2, 3), keepdim=True)
+        assert_close(layer.unpack(), weight, 0.2 * most.expand_as(weight))
     else:
         step = layer.packed.get_buffer("scale")[:, None, None, None]
         assert_close(layer.unpack(), weight, (0.75 + 2.0**-15) * step.expand_as(weight))
