@@ -58,8 +58,8 @@ class Int4(Format):
     weight is waited for: a few rows, and layers larger than the caches.
 
     Args:
-        group: inputs that share a scale: 16 (4.5 bits a weight, about half the error of equal steps
-            in groups of 32) or 32 (4.25 bits).
+        group: inputs that share a scale: 16 (4.5 bits a weight) or 32 (4.25 bits, a third more
+            squared error).
 
     Raises:
         ValueError: for any other `group`.
