@@ -42,13 +42,7 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
   const int8_t* ahead =
       alone ? weights + kAhead : weights + NP * panel_bytes + (row ? panel_bytes / 2 : 0);
   const bool fetch = row <= kGemmRows;
-  // The lines of y that the end of this tile writes are fetched while it multiplies.
-  const int64_t size = element_size(to.dtype);
-  for (int r = 0; r < MR; ++r) {
-    const char* y =
-        static_cast<const char*>(to.y) + ((row + r) * to.stride + panel * kPanel) * size;
-    for (int64_t line = 0; line < NP * kPanel * size; line += 64) prefetch(y + line);
-  }
+  fetch_lines(to, row, MR, panel * kPanel, NP * kPanel);
   I32 sum[MR][kColumns];
   for (auto& line : sum)
     for (I32& s : line) s = set(int32_t{0});
