@@ -108,10 +108,6 @@ void chunks_of_row(const gossamer_sparse& w, Range chunks, const Destination& to
 
 void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
           void* scratch) {
-  if constexpr (kLanes > 8) {
-    // Few rows would leave half of 16 lanes empty: 1.3x.
-    if (x.rows > 1 && x.rows <= 8) return avx2::kernels.spmm(x, w, chunks, to, scratch);
-  }
   float* panel = static_cast<float*>(scratch);
   const int64_t lanes = lanes_for(x.rows, kMaxLanes), k = w.index.k;
   float ill[kMaxLanes];

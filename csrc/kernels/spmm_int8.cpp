@@ -91,10 +91,6 @@ void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
                const Destination& to, void* scratch) {
   int32_t* panel = static_cast<int32_t*>(scratch);
   if (x.rows == 1) return chunks_of_row(x, w, chunks, to, panel);
-  if constexpr (kLanes > 8) {
-    // Few rows would leave half of 16 lanes empty: 1.35x.
-    if (x.rows <= 8) return avx2::kernels.spmm_int8(x, w, chunks, to, scratch);
-  }
   const int64_t lanes = lanes_for(x.rows, kMaxLanes);
   pack_lanes(x.rows, ceil_div(w.index.k, 4), lanes, panel,
              [&](int64_t row, int64_t column, int count) {
