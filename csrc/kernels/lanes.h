@@ -62,24 +62,54 @@ static inline void write_lanes(const int32_t* sums, int64_t lanes, int64_t rows,
   });
 }
 
+// What quad_cell walks.
+template <typename Word, typename Value>
+struct Quads {
+  static constexpr int kValues = 4 / sizeof(Value);
+  const Word* x;
+  const Value* values;
+  const uint8_t* columns;
+  const uint16_t *rows, *end;
+
+  // The rows of 4 i + kTail entries that follow each other.
+  template <int kTail, typename Combine>
+  void equal_rows(Word* sums, Combine combine) {
+    const uint16_t length = rows[1];
+    for (; rows != end && rows[1] == length; rows += 2) {
+      Word* to = sums + rows[0] * 4;
+      auto sum = load_quad<4>(to);
+      for (int left = length / 4; left > 0; --left, values += 4 * kValues, columns += 4)
+        sum = combine(sum, pick_quad<4>(x, columns), load_quad<4>(values));
+      if constexpr (kTail > 0) {
+        sum = combine(sum, pick_quad<kTail>(x, columns), load_quad<kTail>(values));
+        values += kTail * kValues;
+        columns += kTail;
+      }
+      store_quad(to, sum);
+    }
+  }
+};
+
 // A cell against one row of x: four entries of an output at a time, whose sums stay apart in
 // sums[output][4]. Word is float or int32_t (four u8); combine(sum, x, values) adds the products.
 template <typename Word, typename Value, typename Combine>
 static inline void quad_cell(const Word* x, const Value* values, const uint8_t* columns,
                              const Cell& c, Word* sums, Combine combine) {
-  constexpr int kValues = 4 / sizeof(Value);
-  for (int64_t r = 0; r < c.count; ++r) {
-    Word* to = sums + c.rows[2 * r] * 4;
-    int64_t left = c.rows[2 * r + 1];
-    auto sum = load_quad<4>(to);
-    for (; left >= 4; left -= 4, values += 4 * kValues, columns += 4)
-      sum = combine(sum, pick_quad<4>(x, columns), load_quad<4>(values));
-    if (left == 1) sum = combine(sum, pick_quad<1>(x, columns), load_quad<1>(values));
-    if (left == 2) sum = combine(sum, pick_quad<2>(x, columns), load_quad<2>(values));
-    if (left == 3) sum = combine(sum, pick_quad<3>(x, columns), load_quad<3>(values));
-    values += left * kValues;
-    columns += left;
-    store_quad(to, sum);
+  Quads<Word, Value> quads{x, values, columns, c.rows, c.rows + 2 * c.count};
+  while (quads.rows != quads.end) {
+    switch (quads.rows[1] % 4) {
+      case 0:
+        quads.template equal_rows<0>(sums, combine);
+        break;
+      case 1:
+        quads.template equal_rows<1>(sums, combine);
+        break;
+      case 2:
+        quads.template equal_rows<2>(sums, combine);
+        break;
+      default:
+        quads.template equal_rows<3>(sums, combine);
+    }
   }
 }
 
