@@ -36,7 +36,7 @@ def test_every_bar_is_measured(tmp_path: Path) -> None:
 @pytest.mark.skipif("avx2" not in _C.isas(), reason="this CPU has no AVX2")
 def test_avx2_is_compared_with_avx2(tmp_path: Path) -> None:
     run("bars.py", tmp_path, "--isa", "avx2", "--items", "1")
-    figures = json.loads((tmp_path / "bars.json").read_text())
+    figures = json.loads((tmp_path / "bars-avx2.json").read_text())
     assert (figures["machine"]["isa"], figures["machine"]["fbgemm"]) == ("avx2", "AVX2")
     assert len(figures["bars"]) == 3
 
