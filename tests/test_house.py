@@ -147,7 +147,7 @@ def test_imports_point_one_way() -> None:
 def test_only_ops_names_the_operators() -> None:
     found = [
         str(path)
-        for path in [*MODULES, *under("bench"), *under("examples")]
+        for path in [*MODULES, *under("bench", ".py"), *under("examples", ".py")]
         if path != PACKAGE / "ops.py" and "torch.ops.gossamer" in read(path)
     ]
     assert not found, f"call gossamer.ops instead, in {listed(found)}"
