@@ -94,6 +94,27 @@ Range panel_range(Range units, int64_t panels) {
   return {units.begin * kUnitPanels, std::min(units.end * kUnitPanels, panels)};
 }
 
+// A dense product of quantized rows, padded to `step` inputs, by one kernel of the table.
+template <typename Weight, typename Kernel>
+int quantized_gemm(const gossamer_input* x, const Weight& w, const gossamer_output* y, int64_t step,
+                   Kernel* Kernels::* kernel, gossamer_parallel_for parallel_for) {
+  if (const int status = check(x, w.n, w.k, y)) return status;
+  const int64_t panels = ceil_div(w.n, kPanel);
+  const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
+  const Quantizer quantize(*x, w.k, work, step);
+  const double macs = macs_of(work, double(w.n) * double(w.k));
+  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
+    Sink sink(*x, *y, w.n);
+    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
+    if (!arena.next) return false;
+    const QuantizedTile in = quantize(tile, arena);
+    const Range range = panel_range(tile.units, panels);
+    (active_kernels()->*kernel)(in, w, range, sink.open(tile, arena));
+    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
+    return true;
+  });
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -102,21 +123,7 @@ using namespace gossamer;
 extern "C" int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* w,
                                   const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
-  if (const int status = check(x, w->n, w->k, y)) return status;
-  const int64_t panels = ceil_div(w->n, kPanel);
-  const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
-  const Quantizer quantize(*x, w->k, work);
-  const double macs = macs_of(work, double(w->n) * double(w->k));
-  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
-    Sink sink(*x, *y, w->n);
-    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
-    if (!arena.next) return false;
-    const QuantizedTile in = quantize(tile, arena);
-    const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_int8(in, *w, range, sink.open(tile, arena));
-    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-    return true;
-  });
+  return quantized_gemm(x, *w, y, kStep, &Kernels::gemm_int8, parallel_for);
 }
 
 extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
@@ -147,20 +154,7 @@ extern "C" int gossamer_gemm_int4(const gossamer_input* x, const gossamer_int4* 
   if (!w) return fail("w must not be NULL");
   if (const int status = check(x, w->n, w->k, y)) return status;
   if (w->group != 16 && w->group != 32) return fail("group=%lld: use 16 or 32", Long(w->group));
-  const int64_t panels = ceil_div(w->n, kPanel);
-  const Work work = work_of(*x, kDenseTile, ceil_div(panels, kUnitPanels));
-  const Quantizer quantize(*x, w->k, work, kInt4Step);
-  const double macs = macs_of(work, double(w->n) * double(w->k));
-  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
-    Sink sink(*x, *y, w->n);
-    Arena arena{scratch.reserve(quantize.bytes() + sink.bytes(work.tile))};
-    if (!arena.next) return false;
-    const QuantizedTile in = quantize(tile, arena);
-    const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_int4(in, *w, range, sink.open(tile, arena));
-    sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
-    return true;
-  });
+  return quantized_gemm(x, *w, y, kInt4Step, &Kernels::gemm_int4, parallel_for);
 }
 
 extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
