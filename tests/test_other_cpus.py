@@ -18,10 +18,11 @@ PLAIN = "-DGOSSAMER_SANITIZE=OFF"  # guard pages remain
 
 
 def need(present: bool, packages: str) -> None:
-    """Skips the test on a user's machine, fails it in CI."""
+    """Skips the test on a user's machine; fails it where .ci/run has installed the packages."""
     sentence = f"emulation needs Debian's {packages}: apt-get install {packages}"
     if not present:
-        pytest.fail(sentence) if os.environ.get("CI") == "true" else pytest.skip(sentence)
+        required = os.environ.get("GOSSAMER_EMULATION") == "required"
+        pytest.fail(sentence) if required else pytest.skip(sentence)
 
 
 def bits(report: str) -> str:
