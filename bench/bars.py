@@ -169,11 +169,10 @@ def weight_only(lab: Lab) -> Iterator[Bar]:
     ratios = [lab.ratio("weight-only", FP32, *shape) for shape in shapes]
     what = "weight-only / torch fp32, worst of all shapes"
     yield Bar(5, what, ">=", 1.0, min(ratios), detail=_listed(ratios))
-    if "int4" in bench.FORMATS:
-        for size, limit in ((4096, 1.3), (8192, 1.6)):
-            result = lab.result(1, size, size, ("int8", "int4"))
-            what = f"int4 / int8, 1 row {size} -> {size}"
-            yield Bar(5, what, ">=", limit, result.ratio("int4", "int8"))
+    for size, limit in ((4096, 1.3), (8192, 1.6)):
+        result = lab.result(1, size, size, ("int8", "int4"))
+        what = f"int4 / int8, 1 row {size} -> {size}"
+        yield Bar(5, what, ">=", limit, result.ratio("int4", "int8"))
 
 
 def two_threads(lab: Lab) -> Iterator[Bar]:

@@ -140,10 +140,10 @@ extern "C" int gossamer_gemm_w8(const gossamer_input* x, const gossamer_int8* w,
     Arena arena{
         scratch.reserve(float_tile_bytes(*x, w->k, work.tile) + own + sink.bytes(work.tile))};
     if (!arena.next) return false;
-    char* panel = arena.take(own);
+    char* wide = arena.take(own);
     const FloatTile in = float_tile(*x, w->k, tile, arena);
     const Range range = panel_range(tile.units, panels);
-    active_kernels()->gemm_w8(in, *w, range, sink.open(tile, arena), panel);
+    active_kernels()->gemm_w8(in, *w, range, sink.open(tile, arena), wide);
     sink.flush(tile, {range.begin * kPanel, range.end * kPanel});
     return true;
   });

@@ -14,6 +14,18 @@
 namespace gossamer {
 namespace GOSSAMER_ISA {
 
+// A number as a type, for what is compiled once a number.
+template <int kValue>
+struct Int {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Int<count>()), for a count of 1 to kMost; for 0 nothing.
+template <int kMost, typename Body>
+static inline void by_count(int64_t count, Body body) {
+  if constexpr (kMost > 0) count == kMost ? body(Int<kMost>()) : by_count<kMost - 1>(count, body);
+}
+
 // Horner's rule, highest power first.
 template <int kCount>
 static inline F32 polynomial(F32 x, const float (&coefficients)[kCount]) {

@@ -96,23 +96,15 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int4& w, int64_t p
   });
 }
 
-// The last rows, fewer than MR.
-template <int kGroup, int MR, int NP>
-void last_rows(const QuantizedTile& x, int64_t row, const gossamer_int4& w, int64_t panel,
-               const Destination& to) {
-  if constexpr (MR > 1) {
-    x.rows - row == MR - 1 ? tile<kGroup, MR - 1, NP>(x, row, w, panel, to)
-                           : last_rows<kGroup, MR - 1, NP>(x, row, w, panel, to);
-  }
-}
-
 // All rows against NP panels.
 template <int kGroup, int NP>
 void columns(const QuantizedTile& x, const gossamer_int4& w, int64_t panel, const Destination& to) {
   int64_t row = 0;
   for (; row + kInt4Rows <= x.rows; row += kInt4Rows)
     tile<kGroup, kInt4Rows, NP>(x, row, w, panel, to);
-  last_rows<kGroup, kInt4Rows, NP>(x, row, w, panel, to);
+  by_count<kInt4Rows - 1>(x.rows - row, [&](auto rows) {
+    tile<kGroup, decltype(rows)::value, NP>(x, row, w, panel, to);
+  });
 }
 
 template <int kGroup>

@@ -81,22 +81,13 @@ void tile(const QuantizedTile& x, int64_t row, const gossamer_int8& w, int64_t p
   });
 }
 
-// The last `count` rows, fewer than MR and at most kGemmLastRows.
-template <int MR, int NP>
-void last_rows(int64_t count, const QuantizedTile& x, int64_t row, const gossamer_int8& w,
-               int64_t panel, const Destination& to) {
-  if constexpr (MR > 1) {
-    count == MR - 1 ? tile<MR - 1, NP>(x, row, w, panel, to)
-                    : last_rows<MR - 1, NP>(count, x, row, w, panel, to);
-  }
-}
-
 // All rows against NP panels.
 template <int NP>
 void columns(const QuantizedTile& x, const gossamer_int8& w, int64_t panel, const Destination& to) {
   int64_t row = 0;
   for (; x.rows - row > kGemmLastRows; row += kGemmRows) tile<kGemmRows, NP>(x, row, w, panel, to);
-  last_rows<kGemmLastRows + 1, NP>(x.rows - row, x, row, w, panel, to);
+  by_count<kGemmLastRows>(
+      x.rows - row, [&](auto rows) { tile<decltype(rows)::value, NP>(x, row, w, panel, to); });
 }
 
 }  // namespace

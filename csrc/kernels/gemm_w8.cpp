@@ -26,11 +26,6 @@ constexpr int kRows = kVecs == 1 ? 8 : 5;
 constexpr int kWideRows = 2;
 constexpr int kWidePanels = 2;
 
-template <int kByte>
-struct Byte {
-  static constexpr int value = kByte;
-};
-
 struct Rows {
   const float *x, *ill;
   int64_t stride;
@@ -59,14 +54,14 @@ void tile(const Rows& x, int64_t row, const gossamer_int8& w, int64_t panel,
   };
   int64_t i = 0;
   for (; i + 4 <= w.k; i += 4, weights += 4 * kPanel) {
-    input(i, Byte<0>());
-    input(i + 1, Byte<1>());
-    input(i + 2, Byte<2>());
-    input(i + 3, Byte<3>());
+    input(i, Int<0>());
+    input(i + 1, Int<1>());
+    input(i + 2, Int<2>());
+    input(i + 3, Int<3>());
   }
-  if (i < w.k) input(i, Byte<0>());
-  if (i + 1 < w.k) input(i + 1, Byte<1>());
-  if (i + 2 < w.k) input(i + 2, Byte<2>());
+  if (i < w.k) input(i, Int<0>());
+  if (i + 1 < w.k) input(i + 1, Int<1>());
+  if (i + 2 < w.k) input(i + 2, Int<2>());
 
   by_dtype(to.dtype, [&](auto type) {
     for (int v = 0; v < kColumns; ++v) {
@@ -80,16 +75,6 @@ void tile(const Rows& x, int64_t row, const gossamer_int8& w, int64_t panel,
       }
     }
   });
-}
-
-// The last `count` rows, fewer than MR.
-template <int MR, int NP>
-void last_rows(int64_t count, const Rows& x, int64_t row, const gossamer_int8& w, int64_t panel,
-               const Destination& to) {
-  if constexpr (MR > 1) {
-    count == MR - 1 ? tile<MR - 1, NP>(x, row, w, panel, to)
-                    : last_rows<MR - 1, NP>(count, x, row, w, panel, to);
-  }
 }
 
 template <typename T>
@@ -115,12 +100,15 @@ void gemm_w8(const FloatTile& x, const gossamer_int8& w, Range panels, const Des
   for (int64_t r = 0; r < x.rows; ++r) ill[r] = illness(rows + r * stride, w.k);
   const Rows in{rows, ill, stride};
   int64_t p = panels.begin;
-  for (; x.rows <= kWideRows && p + kWidePanels <= panels.end; p += kWidePanels)
-    last_rows<kWideRows + 1, kWidePanels>(x.rows, in, 0, w, p, to);
+  for (; x.rows <= kWideRows && p + kWidePanels <= panels.end; p += kWidePanels) {
+    by_count<kWideRows>(
+        x.rows, [&](auto count) { tile<decltype(count)::value, kWidePanels>(in, 0, w, p, to); });
+  }
   for (; p < panels.end; ++p) {
     int64_t row = 0;
     for (; row + kRows <= x.rows; row += kRows) tile<kRows, 1>(in, row, w, p, to);
-    last_rows<kRows, 1>(x.rows - row, in, row, w, p, to);
+    by_count<kRows - 1>(x.rows - row,
+                        [&](auto count) { tile<decltype(count)::value, 1>(in, row, w, p, to); });
   }
 }
 

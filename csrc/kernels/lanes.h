@@ -20,6 +20,20 @@ static inline Cell cell_at(const gossamer_index& w, int64_t block, int64_t chunk
   return {w.rows + 2 * at[0], at[2] - at[0], at[1]};
 }
 
+// Walks chunks of outputs: zeroes sums[output][width], calls multiply(block, cell) for each block of
+// `block` of the `columns`, then finish(outputs).
+template <typename Multiply, typename Finish>
+static inline void each_chunk(const gossamer_index& w, Range chunks, int64_t columns, int64_t block,
+                              void* sums, int64_t width, Multiply multiply, Finish finish) {
+  const int64_t n = w.n, size = chunk_rows(n);
+  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
+    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel) * width) * 4);
+    for (int64_t b = 0; b * block < columns; ++b) multiply(b, cell_at(w, b, chunk));
+    finish(Range{begin, end});
+  }
+}
+
 // words[rows][columns] -> panel[columns][T]; load_word_vector(row, column, count) gives kLanes
 // words of a row. Rows that are not there become zeros.
 template <typename LoadWords>
@@ -135,17 +149,13 @@ static inline int64_t lanes_for(int64_t rows, int64_t most) {
   return lanes;
 }
 
-// Calls body with the number of vectors in a line of `lanes`, as a type: Vectors<V>.
-template <int V>
-struct Vectors {
-  static constexpr int kCount = V;
-};
+// Calls body with the number of vectors in a line of `lanes`, as a type.
 template <int V = kMaxLanes / kLanes, typename Body>
 static inline void by_vectors(int64_t lanes, Body body) {
   if constexpr (V > 1) {
     if (lanes < V * kLanes) return by_vectors<V / 2>(lanes, body);
   }
-  body(Vectors<V>());
+  body(Int<V>());
 }
 
 }  // namespace GOSSAMER_ISA

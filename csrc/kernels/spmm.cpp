@@ -71,37 +71,32 @@ template <int V>
 void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
                const float* ill, float* panel) {
   constexpr int64_t kWidth = V * kLanes;
-  const int64_t k = w.index.k, n = w.index.n, size = chunk_rows(n);
-  float* sums = panel + k * kWidth;
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
-    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel) * kWidth) * 4);
-    for (int64_t b = 0; b * kBlockFloats < k; ++b) {
-      cell<V>(panel + b * kBlockFloats * kWidth, w, cell_at(w.index, b, chunk), sums);
-    }
-    write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, n, {begin, end}, to,
-                [=](const Outputs&) {
-                  return [=](I32 sum, int64_t row) { return add(as_f32(sum), set(ill[row])); };
-                });
-  }
+  float* sums = panel + w.index.k * kWidth;
+  each_chunk(
+      w.index, chunks, w.index.k, kBlockFloats, sums, kWidth,
+      [&](int64_t b, const Cell& c) { cell<V>(panel + b * kBlockFloats * kWidth, w, c, sums); },
+      [&](Range outputs) {
+        write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, w.index.n, outputs, to,
+                    [=](const Outputs&) {
+                      return [=](I32 sum, int64_t row) { return add(as_f32(sum), set(ill[row])); };
+                    });
+      });
 }
 
 // One row.
 void chunks_of_row(const gossamer_sparse& w, Range chunks, const Destination& to, float ill,
                    const float* x, float* sums) {
-  const int64_t k = w.index.k, n = w.index.n, size = chunk_rows(n);
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
-    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel)) * 16);
-    for (int64_t b = 0; b * kBlockFloats < k; ++b) {
-      const Cell c = cell_at(w.index, b, chunk);
-      quad_cell(x + b * kBlockFloats, w.values + c.entry, w.index.columns + c.entry, c, sums,
-                [](F4 sum, F4 q, F4 values) { return muladd(values, q, sum); });
-    }
-    write_quads(sums, n, {begin, end}, to, [=](const Outputs&) {
-      return [=](F32 sum, int64_t) { return add(sum, set(ill)); };
-    });
-  }
+  each_chunk(
+      w.index, chunks, w.index.k, kBlockFloats, sums, 4,
+      [&](int64_t b, const Cell& c) {
+        quad_cell(x + b * kBlockFloats, w.values + c.entry, w.index.columns + c.entry, c, sums,
+                  [](F4 sum, F4 q, F4 values) { return muladd(values, q, sum); });
+      },
+      [&](Range outputs) {
+        write_quads(sums, w.index.n, outputs, to, [=](const Outputs&) {
+          return [=](F32 sum, int64_t) { return add(sum, set(ill)); };
+        });
+      });
 }
 
 }  // namespace
@@ -122,7 +117,7 @@ void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Dest
                });
   });
   if (x.rows == 1) return chunks_of_row(w, chunks, to, ill[0], panel, panel + k);
-  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::kCount>(x, w, chunks, to, ill, panel); });
+  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::value>(x, w, chunks, to, ill, panel); });
 }
 
 }  // namespace GOSSAMER_ISA

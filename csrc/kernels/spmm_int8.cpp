@@ -46,43 +46,39 @@ void cell(const int32_t* panel, const gossamer_sparse_int8& w, const Cell& c, in
   }
 }
 
+// What turns the sums of some outputs into floats, for write_lanes and write_quads.
+auto dequantizer(const QuantizedTile& x, const gossamer_sparse_int8& w) {
+  return [&](const Outputs& outputs) {
+    const Dequantize dequantize{outputs.take(w.scale), outputs.take(w.wsum)};
+    return [=, &x](I32 sum, int64_t row) { return dequantize(sum, x.scale[row], x.zero[row]); };
+  };
+}
+
 template <int V>
 void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
                const Destination& to, int32_t* panel) {
   constexpr int64_t kWidth = V * kLanes;
-  const int64_t columns = ceil_div(w.index.k, 4), n = w.index.n, size = chunk_rows(n);
+  const int64_t columns = ceil_div(w.index.k, 4);
   int32_t* sums = panel + columns * kWidth;
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
-    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel) * kWidth) * 4);
-    for (int64_t b = 0; b * kBlockWords < columns; ++b) {
-      cell<V>(panel + b * kBlockWords * kWidth, w, cell_at(w.index, b, chunk), sums);
-    }
-    write_lanes(sums, kWidth, x.rows, n, {begin, end}, to, [&](const Outputs& outputs) {
-      const Dequantize dequantize{outputs.take(w.scale), outputs.take(w.wsum)};
-      return [=, &x](I32 sum, int64_t row) { return dequantize(sum, x.scale[row], x.zero[row]); };
-    });
-  }
+  each_chunk(
+      w.index, chunks, columns, kBlockWords, sums, kWidth,
+      [&](int64_t b, const Cell& c) { cell<V>(panel + b * kBlockWords * kWidth, w, c, sums); },
+      [&](Range outputs) {
+        write_lanes(sums, kWidth, x.rows, w.index.n, outputs, to, dequantizer(x, w));
+      });
 }
 
 // One row.
 void chunks_of_row(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
                    const Destination& to, int32_t* sums) {
-  const int64_t columns = ceil_div(w.index.k, 4), n = w.index.n, size = chunk_rows(n);
-  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-    const int64_t begin = chunk * size, end = n - begin < size ? n : begin + size;
-    memset(sums, 0, static_cast<size_t>(round_up(end - begin, kPanel)) * 16);
-    for (int64_t b = 0; b * kBlockWords < columns; ++b) {
-      const Cell c = cell_at(w.index, b, chunk);
-      quad_cell(reinterpret_cast<const int32_t*>(x.q) + b * kBlockWords, w.values + c.entry * 4,
-                w.index.columns + c.entry, c, sums,
-                [](I4 sum, I4 q, I4 values) { return dot(sum, q, values); });
-    }
-    write_quads(sums, n, {begin, end}, to, [&](const Outputs& outputs) {
-      const Dequantize dequantize{outputs.take(w.scale), outputs.take(w.wsum)};
-      return [=, &x](I32 sum, int64_t) { return dequantize(sum, x.scale[0], x.zero[0]); };
-    });
-  }
+  each_chunk(
+      w.index, chunks, ceil_div(w.index.k, 4), kBlockWords, sums, 4,
+      [&](int64_t b, const Cell& c) {
+        quad_cell(reinterpret_cast<const int32_t*>(x.q) + b * kBlockWords, w.values + c.entry * 4,
+                  w.index.columns + c.entry, c, sums,
+                  [](I4 sum, I4 q, I4 values) { return dot(sum, q, values); });
+      },
+      [&](Range outputs) { write_quads(sums, w.index.n, outputs, to, dequantizer(x, w)); });
 }
 
 }  // namespace
@@ -97,7 +93,7 @@ void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
                const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
                return count == kLanes ? load(at) : load_first(at, count);
              });
-  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::kCount>(x, w, chunks, to, panel); });
+  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::value>(x, w, chunks, to, panel); });
 }
 
 }  // namespace GOSSAMER_ISA
