@@ -103,7 +103,7 @@ ORDER = (
     ("layers",),
     ("calibrate",),
     ("compress",),
-    ("prune", "distill", "checkpoint"),
+    ("prune", "distill", "checkpoint", "qat"),
     ("compare",),
     ("bench",),
     ("plots",),
@@ -298,7 +298,7 @@ PUBLIC = [
         "OneShot",
     ),
     *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "isa", "load_", "prune_", "save"),
+    *("compress_", "isa", "load_", "prune_", "qat_", "save"),
 ]
 
 

@@ -17,6 +17,7 @@ from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
+from gossamer.qat import qat_
 from gossamer.report import Report
 
 __version__ = version()
@@ -43,5 +44,6 @@ __all__ = [
     "isa",
     "load_",
     "prune_",
+    "qat_",
     "save",
 ]

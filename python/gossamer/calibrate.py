@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layers import Conv2d, Linear, conv_matrix, conv_rows, conv_weight, unsupported
+from .geometry import conv_matrix, conv_rows, conv_weight
+from .layers import Conv2d, Linear, unsupported
 from .observed import Observed, observed
 from .timing import unfused
 

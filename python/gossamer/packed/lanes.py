@@ -61,8 +61,8 @@ def _cut_off(exact: Tensor) -> Tensor:
     """Lanes whose weights of either sign sum to LANE_LIMIT at most, and no more than 127 each."""
     exact = exact.clamp(-127, 127)
     positive, negative = exact.clamp(min=0), exact.clamp(max=0)
-    up = (LANE_LIMIT / positive.sum(1, keepdim=True)).clamp(max=1)
-    down = (LANE_LIMIT / negative.sum(1, keepdim=True).neg()).clamp(max=1)
+    up = LANE_LIMIT / positive.sum(1, keepdim=True).clamp(min=LANE_LIMIT)
+    down = LANE_LIMIT / negative.sum(1, keepdim=True).neg().clamp(min=LANE_LIMIT)
     return positive * up + negative * down
 
 
