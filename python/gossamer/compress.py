@@ -39,6 +39,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
 
