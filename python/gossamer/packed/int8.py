@@ -75,8 +75,10 @@ class PackedInt8(_Int8Panels):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        weight = (b["panels"], b["scale"], b["wsum"])
-        return ops.gemm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
+        affine = b.get("x_affine")
+        return ops.gemm_int8(
+            x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
+        )
 
 
 class PackedW8(_Int8Panels):
