@@ -101,8 +101,9 @@ ORDER = (
     ("formats", "ops"),
     ("packed",),
     ("layers",),
+    ("calibrate",),
     ("compress",),
-    ("prune", "distill", "checkpoint"),
+    ("prune", "distill", "checkpoint", "qat"),
     ("compare",),
     ("bench",),
     ("plots",),
@@ -296,8 +297,8 @@ PUBLIC = [
         "Linear",
         "OneShot",
     ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
-    *("load_", "prune_", "save"),
+    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
+    *("compress_", "isa", "load_", "prune_", "qat_", "save"),
 ]
 
 

@@ -9,6 +9,7 @@ torch.Size([2, 10])
 
 from gossamer import ops as ops
 from gossamer._C import isa, version
+from gossamer.calibrate import calibrate
 from gossamer.checkpoint import load_, save
 from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
@@ -16,6 +17,7 @@ from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
+from gossamer.qat import qat_
 from gossamer.report import Report
 
 __version__ = version()
@@ -36,10 +38,12 @@ __all__ = [
     "Sparse",
     "SparseInt8",
     "SquareHead",
+    "calibrate",
     "compare",
     "compress_",
     "isa",
     "load_",
     "prune_",
+    "qat_",
     "save",
 ]
