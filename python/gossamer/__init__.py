@@ -15,9 +15,11 @@ from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
 from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
+from gossamer.gptq import gptq_
 from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
 from gossamer.report import Report
+from gossamer.smooth import smooth_
 
 __version__ = version()
 
@@ -40,8 +42,10 @@ __all__ = [
     "calibrate",
     "compare",
     "compress_",
+    "gptq_",
     "isa",
     "load_",
     "prune_",
     "save",
+    "smooth_",
 ]
