@@ -295,6 +295,7 @@ PUBLIC = [
         "KD",
         "Linear",
         "OneShot",
+        "Polynomial",
     ),
     *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
     *("load_", "prune_", "save"),
