@@ -101,6 +101,7 @@ ORDER = (
     ("formats", "ops"),
     ("packed",),
     ("layers",),
+    ("calibrate",),
     ("compress",),
     ("prune", "distill", "checkpoint"),
     ("compare",),
@@ -297,8 +298,8 @@ PUBLIC = [
         "OneShot",
         "Polynomial",
     ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
-    *("load_", "prune_", "save"),
+    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
+    *("compress_", "isa", "load_", "prune_", "save"),
 ]
 
 
