@@ -296,6 +296,7 @@ PUBLIC = [
         "KD",
         "Linear",
         "OneShot",
+        "Polynomial",
     ),
     *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
     *("compress_", "gptq_", "isa", "load_", "prune_", "save", "smooth_"),

@@ -17,8 +17,9 @@ from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.gptq import gptq_
 from gossamer.layers import Conv2d, Linear
-from gossamer.prune import Cubic, OneShot, Pruner, prune_
+from gossamer.prune import Pruner, prune_
 from gossamer.report import Report
+from gossamer.schedules import Cubic, OneShot, Polynomial
 from gossamer.smooth import smooth_
 
 __version__ = version()
@@ -34,6 +35,7 @@ __all__ = [
     "Int8",
     "Linear",
     "OneShot",
+    "Polynomial",
     "Pruner",
     "Report",
     "Sparse",

@@ -10,14 +10,13 @@ Sources: Hassibi & Stork 1993, Frantar et al. 2022 (GPTQ, arXiv 2210.17323), Fra
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import PATTERNS, _lowest
+from .masks import Pattern, lowest
 
 BLOCK = 128  # columns: their updates stay in L2, later columns get theirs in one product
 DAMPING = 0.01  # of the mean of H's diagonal
@@ -132,7 +131,7 @@ def prune_weight(
         weight: (n, k), any float dtype.
         hessian: (k, k), see `inverse_factor`.
         sparsity: share of blocks to drop, in [0, 1). "N:M" needs none: 1 - N / M.
-        pattern: "unstructured", "1x4" or "N:M", such as "2:4"; N of M inputs that live.
+        pattern: "unstructured", "1x4" or "N:M", such as "2:4"; see `masks.Pattern`.
         mask: (n, k) bool, False where a weight is gone already and stays at zero: these are the
             first to be dropped. By default none is.
         damping: see `inverse_factor`.
@@ -150,11 +149,13 @@ def prune_weight(
         >>> prune_weight(torch.tensor([[1.0, 1.1]]), h, sparsity=0.5, damping=1e-6)
         (tensor([[0.0000, 2.0000]]), tensor([[False,  True]]))
     """
-    width, keep, of = _sizes(pattern)
-    if not of and not 0 <= sparsity < 1:
+    form = Pattern.named(pattern)
+    if not form.width:
+        raise ValueError(f"pattern={pattern!r} drops whole outputs, which no other can make up for")
+    if not form.of and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity} is not in [0, 1): give the share to drop")
     weight = _checked(weight, hessian)
-    k, unit = weight.shape[1], of or width
+    k, unit = weight.shape[1], form.of or form.width
     # Columns behind the last make its block or group whole. They are zeros, and touch no other.
     more = -k % unit
     factor = torch.block_diag(
@@ -162,7 +163,7 @@ def prune_weight(
     )
     columns = F.pad(weight, (0, more))
     alive = F.pad(torch.ones_like(weight, dtype=torch.bool) if mask is None else mask, (0, more))
-    drop = _Drop(columns.t(), factor, alive.t().contiguous(), sparsity, width, keep, of)
+    drop = _Drop(columns.t(), factor, alive.t().contiguous(), form, sparsity)
     settled = walk(columns, factor, drop, drop.block)
     return settled[:, :k].contiguous(), drop.alive.t()[:, :k].contiguous()
 
@@ -181,44 +182,24 @@ def _checked(weight: Tensor, hessian: Tensor) -> Tensor:
     return weight.detach().float()
 
 
-def _sizes(pattern: str) -> tuple[int, int, int]:
-    """Inputs of a block; then of N:M the N and the M, else 0 and 0."""
-    if pattern in PATTERNS:
-        return PATTERNS[pattern], 0, 0
-    n_of_m = re.fullmatch(r"(\d{1,3}):(\d{1,3})", pattern)
-    if n_of_m and 0 < int(n_of_m[1]) < int(n_of_m[2]):
-        return 1, int(n_of_m[1]), int(n_of_m[2])
-    raise ValueError(
-        f"pattern={pattern!r} has no second-order scores: choose one of {list(PATTERNS)}, "
-        "or N of M inputs that live, such as '2:4'"
-    )
-
-
 class _Drop:
     """The decision of `prune_weight`: chooses for a stretch at its first column, then drops."""
 
     def __init__(
-        self,
-        columns: Tensor,
-        factor: Tensor,
-        alive: Tensor,
-        sparsity: float,
-        width: int,
-        keep: int,
-        of: int,
+        self, columns: Tensor, factor: Tensor, alive: Tensor, form: Pattern, sparsity: float
     ) -> None:
         self.factor, self.alive = factor, alive
-        self.width, self.fewer = width, of - keep
-        unit = of or width
+        self.width, self.fewer = form.width, form.of - form.keep
+        unit = form.of or form.width
         self.block = max(unit, BLOCK - BLOCK % unit)
-        self.stretch = of or self.block
+        self.stretch = form.of or self.block
         self.counts: list[int] = []
-        if not of:
+        if not form.of:
             scores = self._scores(0, columns)
             # The layer keeps its best block, whatever the sparsity.
             count = min(round(sparsity * scores.numel()), scores.numel() - 1)
-            dropped = _lowest(scores.flatten(), count).view_as(scores)
-            self.counts = [int(part.sum()) for part in dropped.split(self.block // width)]
+            dropped = lowest(scores.flatten(), count).view_as(scores)
+            self.counts = [int(part.sum()) for part in dropped.split(self.block // form.width)]
 
     def __call__(self, j: int, ahead: Tensor) -> Tensor:
         if j % self.stretch == 0:
@@ -226,7 +207,7 @@ class _Drop:
             if self.fewer:
                 keep = scores.argsort(dim=0, stable=True).argsort(0) >= self.fewer
             else:
-                keep = ~_lowest(scores.flatten(), self.counts[j // self.stretch]).view_as(scores)
+                keep = ~lowest(scores.flatten(), self.counts[j // self.stretch]).view_as(scores)
             self.alive[j : j + self.stretch] &= keep.repeat_interleave(self.width, 0)
         return ahead[0].where(self.alive[j], 0.0)
 
