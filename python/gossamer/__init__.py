@@ -19,6 +19,7 @@ from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Pruner, prune_
 from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
+from gossamer.sensitivity import Sensitivity, sensitivity
 
 __version__ = version()
 
@@ -36,6 +37,7 @@ __all__ = [
     "Polynomial",
     "Pruner",
     "Report",
+    "Sensitivity",
     "Sparse",
     "SparseInt8",
     "SquareHead",
@@ -46,4 +48,5 @@ __all__ = [
     "load_",
     "prune_",
     "save",
+    "sensitivity",
 ]
