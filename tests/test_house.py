@@ -298,8 +298,17 @@ PUBLIC = [
         "OneShot",
         "Polynomial",
     ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "gptq_", "isa", "load_", "prune_", "save", "smooth_"),
+    *(
+        "Pruner",
+        "Report",
+        "Sensitivity",
+        "Sparse",
+        "SparseInt8",
+        "SquareHead",
+        "calibrate",
+        "compare",
+    ),
+    *("compress_", "gptq_", "isa", "load_", "prune_", "save", "sensitivity", "smooth_"),
 ]
 
 

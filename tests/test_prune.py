@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
 from gossamer.prune import Pruner, prune_
-from gossamer.schedules import Cubic, OneShot, Polynomial
+from gossamer.schedules import Cubic, OneShot
 
 
 def small_model(seed: int = 0) -> nn.Sequential:

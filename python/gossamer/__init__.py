@@ -20,6 +20,7 @@ from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Pruner, prune_
 from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
+from gossamer.sensitivity import Sensitivity, sensitivity
 from gossamer.smooth import smooth_
 
 __version__ = version()
@@ -38,6 +39,7 @@ __all__ = [
     "Polynomial",
     "Pruner",
     "Report",
+    "Sensitivity",
     "Sparse",
     "SparseInt8",
     "SquareHead",
@@ -49,5 +51,6 @@ __all__ = [
     "load_",
     "prune_",
     "save",
+    "sensitivity",
     "smooth_",
 ]

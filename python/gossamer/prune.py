@@ -13,11 +13,12 @@ from .masks import SCOPES, Pattern, choose, pack_bits, unpack_bits
 from .patterns import matches, select
 from .report import Report
 from .schedules import OneShot, Schedule
-from .scores import energy, gradient_energy, parse
+from .scores import energy, gradient_energy, parse, reconstruct_
 from .survey import survey
 
 Sparsity = float | Mapping[str, float] | None
 
+_AT_ONCE = OneShot()
 # Molchanov et al. 2019 average over minibatches with a momentum of 0.9.
 _MOMENTUM = 0.9
 # Integers of a float's size: times False they are 0 whatever they were, where NaN * 0 is NaN and
@@ -49,7 +50,7 @@ def prune_(
         >>> int((model[0].weight == 0).sum()), int((model[1].weight == 0).sum())
         (48, 0)
     """
-    return Pruner(model, sparsity, pattern, OneShot(), scope, exclude, score, cap).finish()
+    return Pruner(model, sparsity, pattern, _AT_ONCE, scope, exclude, score, cap).finish()
 
 
 class Pruner:
@@ -82,7 +83,9 @@ class Pruner:
         score: of a weight. `"magnitude"`: w^2. `"wanda"`: w^2 E[x^2] (Sun et al. 2023, arXiv
             2306.11695), from `gs.calibrate` before; with `scope="layer"` weights compete within
             their output, as in the paper. `"taylor"`: (w * gradient)^2 (Molchanov et al. 2019),
-            averaged over steps, see `accumulate`. `"random"` or `"random:3"`, with a seed: a
+            averaged over steps, see `accumulate`. `"sparsegpt"`: drops weights and lets the others
+            make up for them (Frantar & Alistarh 2023, arXiv 2301.00774), layer by layer, from
+            `gs.calibrate(model, hessian=True)`. `"random"` or `"random:3"`, with a seed: a
             control. Scores are squares, so that a block's is what the loss or output loses by it.
         cap: the largest share of one layer that may go, such as 0.98; the others lose more for it.
 
@@ -108,7 +111,7 @@ class Pruner:
         model: nn.Module,
         sparsity: Sparsity = None,
         pattern: str = "unstructured",
-        schedule: Schedule = OneShot(),
+        schedule: Schedule = _AT_ONCE,
         scope: str = "global",
         exclude: str | Iterable[str] = (),
         score: str = "magnitude",
@@ -119,6 +122,8 @@ class Pruner:
             raise ValueError(f"scope={scope!r} is unknown: choose one of {list(SCOPES)}")
         if cap is not None and not 0 < cap <= 1:
             raise ValueError(f"cap={cap} is not in (0, 1]: give the largest share of a layer to go")
+        if self._kind == "sparsegpt" and scope == "global":
+            raise ValueError("score='sparsegpt' goes layer by layer: it needs scope='layer'")
         self._survey = survey(model, form, exclude)
         self._layers = [layer for layer in self._survey if not layer.skipped]
         names = [layer.name for layer in self._layers]
@@ -282,18 +287,25 @@ class Pruner:
             self._apply()
 
     def _choose(self, share: float) -> dict[str, Tensor]:
-        energies = {}
-        for layer in self._layers:
-            average = self._average.get(layer.name)
-            energies[layer.name] = energy(layer.name, layer.module, self._score, average)
-        due: float | dict[str, float] = {n: share * goal for n, goal in self._targets.items()}
-        scope = self._scope
-        if scope == "global":
-            due = share * next(iter(self._targets.values()))
-        elif self._kind == "wanda":
-            scope = "output"
+        due = {name: share * goal for name, goal in self._targets.items()}
+        masks = self.masks
+        if self._kind == "sparsegpt":
+            return {
+                layer.name: reconstruct_(
+                    layer.name, layer.module, masks[layer.name], due[layer.name], self._pattern
+                )
+                for layer in self._layers
+            }
+        energies = {
+            layer.name: energy(layer.name, layer.module, self._score, self._average.get(layer.name))
+            for layer in self._layers
+        }
         cap = 1.0 if self._cap is None else self._cap
-        return choose(energies, self.masks, due, self._pattern, scope, cap)
+        if self._scope == "global":
+            (goal,) = set(due.values())
+            return choose(energies, masks, goal, self._pattern, "global", cap)
+        scope = "output" if self._kind == "wanda" else "layer"
+        return choose(energies, masks, due, self._pattern, scope, cap)
 
     @torch.no_grad()
     def _apply(self) -> None:

@@ -8,7 +8,9 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-observed = lambda module: getattr(module, "_gossamer_observed", None)  # noqa: E731
+from .calibrate import observed, set_weight_, weight_matrix
+from .layers import conv_matrix
+from .observed import Observed
 
 Prunable = nn.Linear | nn.Conv2d
 
@@ -101,25 +103,68 @@ def require_finite(name: str, tensor: Tensor, what: str) -> None:
 
 
 def _relative(size: Tensor) -> Tensor:
-    """Over the largest: the squares of weights near 1e-20 or 1e+20 are outside the range of fp32."""
+    """Over the largest: fp32 cannot hold the squares of weights near 1e-20 or 1e+20."""
     size = size.to(torch.promote_types(size.dtype, torch.float32))
     return size / size.max().clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def _input_square(name: str, module: Prunable) -> Tensor:
     """E[x^2] of each weight's input, to be multiplied with the weight."""
+    square = _observed(name, module, "wanda").square.to(module.weight.device)
+    return _as_weight(square[None], module.weight.shape)
+
+
+def _observed(name: str, module: Prunable, score: str) -> Observed:
     found = observed(module)
     if found is None:
         raise ValueError(
-            f"layer {name!r} was not observed, which score='wanda' needs: run data through the "
+            f"layer {name!r} was not observed, which score={score!r} needs: run data through the "
             "model within gs.calibrate(model), and exclude layers that do not run there, or that "
             "are grouped convolutions"
         )
-    return as_weight(found.square.to(module.weight.device)[None], module.weight.shape)
+    return found
 
 
-def as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """(rows, k), columns as `layers.conv_matrix` orders them -> (rows, c, kh, kw); linear: itself."""
+def reconstruct_(
+    name: str, module: Prunable, mask: Tensor, sparsity: float, pattern: str
+) -> Tensor:
+    """SparseGPT: drops weights of one layer and lets the others make up for them; the new mask.
+
+    Args:
+        name: the layer's, for messages.
+        module: the layer, calibrated with `hessian=True`; its weight changes.
+        mask: bool in the weight's shape, False where a weight is gone already.
+        sparsity: share of the layer's blocks to be gone after.
+        pattern: one that `obs.prune_weight` knows.
+
+    Raises:
+        ValueError: no Hessian, or another pattern.
+    """
+    from .obs import prune_weight
+
+    hessian = _observed(name, module, "sparsegpt").hessian
+    if hessian is None:
+        raise ValueError(
+            f"layer {name!r} was observed without its Hessian, which score='sparsegpt' needs: "
+            "gs.calibrate(model, hessian=True)"
+        )
+    matrix = weight_matrix(module)
+    kept = conv_matrix(mask) if mask.dim() == 4 else mask
+    if pattern == "unstructured":
+        # A convolution's matrix has columns of padding, which are the first to go.
+        sparsity = 1 - (1 - sparsity) * mask.numel() / kept.numel()
+    try:
+        # A mean over ranks is the same on each, and so is what follows from it.
+        mean = across_ranks(hessian.to(matrix.device, copy=True))
+        matrix, kept = prune_weight(matrix, mean, sparsity, pattern, kept)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
+    set_weight_(module, matrix)
+    return _as_weight(kept, mask.shape)
+
+
+def _as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """(rows, k), in the order of `layers.conv_matrix`, as (rows, c, kh, kw); linear: itself."""
     if len(shape) == 2:
         return matrix
     taps = matrix.unflatten(1, (*shape[2:], -1))[..., : shape[1]]

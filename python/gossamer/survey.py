@@ -25,7 +25,7 @@ class Surveyed:
 
     @property
     def weight(self) -> Tensor:
-        # Looked up at each use: load_state_dict(assign=True) and model.to() may replace it.
+        """Looked up at each use: load_state_dict(assign=True) and model.to() may replace it."""
         return self.module.weight
 
     def row(self, pattern: str, mask: Tensor | None) -> Row:
