@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import gossamer as gs
+from gossamer.calibrate import weight_matrix
 from gossamer.masks import Pattern
 from gossamer.obs import BLOCK, _Drop, inverse_factor, output_error, prune_weight, walk
+from gossamer.observed import observed
 
 
 def correlated(k: int, rows: int = 400, seed: int = 0) -> Tensor:
@@ -168,3 +173,28 @@ def test_bad_arguments_are_sentences() -> None:
         inverse_factor(hessian, 0)
     with pytest.raises(ValueError, match=r"must be \(k, k\), got shape \(2, 8\)"):
         inverse_factor(weight)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4"])
+def test_prune_goes_this_way_too_convolutions_included(pattern: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10))
+    x = torch.randn(64, 3, 6, 6)
+    with gs.calibrate(dense, hessian=True):
+        dense(x)
+    errors = {}
+    for score in ("magnitude", "sparsegpt"):
+        model = copy.deepcopy(dense)
+        pruner = gs.Pruner(model, 0.5, pattern, scope="layer", score=score)
+        pruner.finish()
+        assert pruner.sparsity == pytest.approx(0.5, abs=0.05)
+        for name, mask in pruner.masks.items():
+            layer, before = model.get_submodule(name), dense.get_submodule(name)
+            assert (layer.weight[~mask] == 0).all()
+            seen = observed(before)
+            assert seen is not None and seen.hessian is not None
+            matrices = weight_matrix(before), weight_matrix(layer)
+            errors[score, name] = output_error(*matrices, seen.hessian)
+    # Pixels of noise say nothing of each other: there is nothing to make up in the convolution.
+    assert errors["sparsegpt", "0"] < 1.02 * errors["magnitude", "0"]
+    assert errors["sparsegpt", "3"] < 0.6 * errors["magnitude", "3"]
