@@ -89,20 +89,25 @@ def compress_(
         >>> report.rows[0].after
         'Linear Int8'
     """
-    patterns = as_patterns(formats)
+    candidates = chosen(model, formats)
     if type(model) in LAYERS:
         raise ValueError(
             f"the model itself is a {type(model).__name__}, which cannot be replaced in place: "
             f"wrap it in nn.Sequential, or use gs.{LAYERS[type(model)].__name__}.from_dense"
         )
-    candidates = find(model)
-    choose(candidates, patterns)
     _pack(candidates, bias_correction)
     if example_inputs is not None:
         _time(model, candidates, example_inputs, timer)
     rows = _rows(model, candidates, timed=example_inputs is not None)
     swap(model, {c.module: c.layer for c in candidates if c.layer is not None})
     return Report(rows, _title(model, rows))
+
+
+def chosen(model: nn.Module, formats: Format | Mapping[str, Format | None]) -> list[Candidate]:
+    """Every module of the model that holds a weight to pack, and the format it is to have."""
+    patterns, candidates = as_patterns(formats), find(model)
+    choose(candidates, patterns)
+    return candidates
 
 
 def swap(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
@@ -309,7 +314,7 @@ def _rows(model: nn.Module, candidates: list[Candidate], timed: bool) -> list[Ro
                 notes.append("not reached by example_inputs: not timed")
         if len(candidate.names) > 1:
             notes.append("also at " + ", ".join(map(repr, candidate.names[1:])))
-        row = row_of(candidate, "; ".join(filter(None, notes)))
+        row = describe(candidate, "; ".join(filter(None, notes)))
         row.bytes_before = _bytes(before, counted)
         row.bytes_after = None if after is None else _bytes(after, counted)
         rows.append(row)
@@ -321,7 +326,7 @@ def _weight_id(layer: Layer) -> int:
     return id(next(layer.packed.buffers()))
 
 
-def row_of(candidate: Candidate, note: str) -> Row:
+def describe(candidate: Candidate, note: str) -> Row:
     """The row of one layer, but for its bytes."""
     runs: Any = candidate.layer or candidate.module
     packed = isinstance(runs, Layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,14 +37,29 @@ def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None
     return seen.low, seen.high
 
 
+def keep_rounded(module: nn.Module, packed: Packed) -> None:
+    """Keeps a packed weight beside a dense module whose weight equals it, for `from_dense`.
+
+    It is no part of the module's buffers and state_dict; copy.deepcopy takes it along.
+    """
+    vars(module)["_gossamer_rounded"] = packed
+
+
 def pack_dense(module: nn.Module, format: Format) -> Packed:
-    """The packed weight of a dense layer; of one that `qat_` prepared, with its frozen scales.
+    """The packed weight of a dense layer.
+
+    Of one that `qat_` prepared, with its frozen scales; of one that `gptq_` rounded, what was kept
+    beside it, if it still is this weight in this format.
 
     Raises:
         ValueError: as `input_range` and `pack`.
     """
-    weight: Any = module.weight
+    weight: Any = module.weight.detach()
     matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight
+    kept = vars(module).get("_gossamer_rounded")
+    if kept is not None and kept.format == format:
+        if torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu()):
+            return copy.deepcopy(kept)
     trained = frozen(module)
     scale = None if trained is None else trained.scale
     return pack(matrix, format, input_range(module, format), scale)

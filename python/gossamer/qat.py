@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compress import Candidate, as_patterns, choose, find, format_name, row_of
+from .compress import Candidate, as_patterns, choose, find, format_name, describe
 from .formats import Format, Int8, SparseInt8
 from .geometry import conv_geometry, conv_weight, pad_outside
 from .layers import LAYERS, Conv2d, Linear, input_range, pack_dense
@@ -152,7 +152,7 @@ def qat_(model: nn.Module, formats: Format | dict[str, Format | None]) -> Report
             candidate.reason = "is prepared already"
     choose(candidates, as_patterns(formats))
     fixed = {c.module: _freeze(c, c.format) for c in candidates if c.format is not None}
-    rows = [row_of(candidate, candidate.reason) for candidate in candidates]
+    rows = [describe(candidate, candidate.reason) for candidate in candidates]
     for candidate, row in zip(candidates, rows, strict=True):
         if candidate.format is not None:
             row.after = f"Qat{row.before} {format_name(candidate.format)}"

@@ -54,6 +54,7 @@ def pack(
     format: Format,
     x_range: tuple[float, float] | None = None,
     scale: Tensor | None = None,
+    hessian: Tensor | None = None,
 ) -> Packed:
     """Packs a weight.
 
@@ -63,6 +64,8 @@ def pack(
         x_range: the lowest and highest input, of static activations.
         scale: (n) float32, of each output; the default is the best for this weight. Weights that
             do not fit are cut off. For `Int8` and `SparseInt8`.
+        hessian: (k, k), the mean of x x^T over inputs x. Rounds by GPTQ, so that the least of the
+            output changes, not of the weight. `Sparse`, which does not round, ignores it.
 
     Raises:
         ValueError: if the weight is not a finite (n, k) matrix on the CPU, k is too large, the
@@ -81,7 +84,7 @@ def pack(
         if not isinstance(format, Int8 | SparseInt8):
             raise ValueError(f"{format} chooses its own scales: only Int8 and SparseInt8 take one")
         check_scale(scale, len(weight))
-    packed = cls.pack(weight, format, scale)
+    packed = cls.pack(weight, format, scale, hessian)
     return packed if x_range is None else packed.with_range(*x_range)
 
 
