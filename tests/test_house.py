@@ -104,6 +104,7 @@ ORDER = (
     ("calibrate",),
     ("compress",),
     ("prune", "distill", "checkpoint", "gptq", "qat", "smooth"),
+    ("integrations",),
     ("compare",),
     ("bench",),
     ("plots",),
@@ -285,22 +286,10 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
 
 
 PUBLIC = [
-    *(
-        "Comparison",
-        "Conv2d",
-        "Cubic",
-        "Distiller",
-        "Format",
-        "Int4",
-        "Int8",
-        "KD",
-        "Linear",
-        "OneShot",
-        "Polynomial",
-    ),
-    *("Pruner", "Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate"),
-    *("compare", "compress_", "gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity"),
-    "smooth_",
+    *("DIST", "KD", "Comparison", "Conv2d", "Cosine", "Cubic", "Distiller", "Format", "Hint"),
+    *("Int4", "Int8", "Linear", "OneShot", "Polynomial", "Pruner", "Relation", "Report"),
+    *("Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare", "compress_"),
+    *("gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity", "smooth_"),
 ]
 
 

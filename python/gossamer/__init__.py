@@ -13,10 +13,12 @@ from gossamer.calibrate import calibrate
 from gossamer.checkpoint import load_, save
 from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
-from gossamer.distill import KD, Distiller, SquareHead
+from gossamer.distill import Distiller
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.gptq import gptq_
+from gossamer.hints import Hint, Relation, SquareHead
 from gossamer.layers import Conv2d, Linear
+from gossamer.losses import DIST, KD, Cosine
 from gossamer.prune import Pruner, prune_
 from gossamer.qat import qat_
 from gossamer.report import Report
@@ -27,18 +29,22 @@ from gossamer.smooth import smooth_
 __version__ = version()
 
 __all__ = [
+    "DIST",
     "KD",
     "Comparison",
     "Conv2d",
+    "Cosine",
     "Cubic",
     "Distiller",
     "Format",
+    "Hint",
     "Int4",
     "Int8",
     "Linear",
     "OneShot",
     "Polynomial",
     "Pruner",
+    "Relation",
     "Report",
     "Sensitivity",
     "Sparse",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compress import Candidate, as_patterns, choose, find, format_name, describe
+from .compress import Candidate, as_patterns, choose, describe, find, format_name
 from .formats import Format, Int8, SparseInt8
 from .geometry import conv_geometry, conv_weight, pad_outside
 from .layers import LAYERS, Conv2d, Linear, input_range, pack_dense
