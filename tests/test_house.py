@@ -104,6 +104,10 @@ ORDER = (
     ("compress",),
     ("prune", "distill", "checkpoint"),
     ("compare",),
+    ("loop",),
+    ("train",),
+    ("tasks",),
+    ("recipe",),
     ("bench",),
     ("plots",),
     ("demo",),
@@ -290,14 +294,15 @@ PUBLIC = [
         "Cubic",
         "Distiller",
         "Format",
+        "History",
         "Int4",
         "Int8",
         "KD",
         "Linear",
         "OneShot",
     ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
-    *("load_", "prune_", "save"),
+    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "fit"),
+    *("isa", "load_", "prune_", "save"),
 ]
 
 

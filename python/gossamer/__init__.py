@@ -15,8 +15,10 @@ from gossamer.compress import compress_
 from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
+from gossamer.loop import History
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
 from gossamer.report import Report
+from gossamer.train import fit
 
 __version__ = version()
 
@@ -27,6 +29,7 @@ __all__ = [
     "Cubic",
     "Distiller",
     "Format",
+    "History",
     "Int4",
     "Int8",
     "Linear",
@@ -38,6 +41,7 @@ __all__ = [
     "SquareHead",
     "compare",
     "compress_",
+    "fit",
     "isa",
     "load_",
     "prune_",
