@@ -101,6 +101,7 @@ ORDER = (
     ("formats", "ops"),
     ("packed",),
     ("layers",),
+    ("calibrate",),
     ("compress",),
     ("prune", "distill", "checkpoint"),
     ("compare",),
@@ -301,8 +302,8 @@ PUBLIC = [
         "Linear",
         "OneShot",
     ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "fit"),
-    *("isa", "load_", "prune_", "save"),
+    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
+    *("compress_", "fit", "isa", "load_", "prune_", "save"),
 ]
 
 

@@ -9,6 +9,7 @@ torch.Size([2, 10])
 
 from gossamer import ops as ops
 from gossamer._C import isa, version
+from gossamer.calibrate import calibrate
 from gossamer.checkpoint import load_, save
 from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
@@ -39,6 +40,7 @@ __all__ = [
     "Sparse",
     "SparseInt8",
     "SquareHead",
+    "calibrate",
     "compare",
     "compress_",
     "fit",

@@ -17,7 +17,7 @@ from .layers import LAYERS, Conv2d, Linear, unsupported
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row
-from .timing import Call, eval_mode, forward, race
+from .timing import Call, eval_mode, forward, race, unfused
 
 Layer = Linear | Conv2d
 Timer = Callable[[Call, Call], tuple[float, float]]
@@ -221,17 +221,14 @@ def _time(
     Layers that share a packed weight are kept or dropped together, so that it exists once.
     """
     handles = []
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         for candidate in candidates:
             if candidate.layer is not None:
                 hook = _stopwatch(candidate, timer)
                 handles.append(candidate.module.register_forward_pre_hook(hook, with_kwargs=True))
-        torch.backends.mha.set_fastpath_enabled(False)
-        with eval_mode(model):
+        with unfused(), eval_mode(model):
             forward(model, example_inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     groups: dict[Packed, list[_Candidate]] = {}

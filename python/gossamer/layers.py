@@ -182,11 +182,7 @@ class Conv2d(_Layer):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
-        sides = _padding_sides(padding, kernel_size, dilation)
-        inside = sides if padding_mode == "zeros" else (0, 0, 0, 0)
-        # F.pad takes the last dimension first.
-        self._outside = None if padding_mode == "zeros" else (*sides[2:], *sides[:2])
-        self._conv = [*kernel_size, *stride, *dilation, *inside]
+        self._outside, self._conv = _geometry(self)
 
     @classmethod
     def from_dense(
@@ -227,8 +223,7 @@ class Conv2d(_Layer):
             )
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
-        if self._outside is not None:
-            batched = nn.functional.pad(batched, self._outside, mode=_PAD_MODES[self.padding_mode])
+        batched = _pad(batched, self._outside, self.padding_mode)
         self._check_size(batched)
         y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
         return y if x.dim() == 4 else y.squeeze(0)
@@ -311,6 +306,33 @@ def _padding_sides(
     if isinstance(padding, str):
         raise ValueError(f"padding={padding!r} is unknown: use numbers, 'same' or 'valid'")
     return (padding[0], padding[0], padding[1], padding[1])
+
+
+def _geometry(conv: nn.Conv2d | Conv2d) -> tuple[list[int] | None, list[int]]:
+    """What F.pad adds outside of the kernel (None: nothing), and the ten integers for the ops."""
+    kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
+    padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
+    sides = _padding_sides(padding, kernel, dilation)
+    numbers = [*kernel, *_pair(conv.stride), *dilation]
+    if conv.padding_mode == "zeros":
+        return None, [*numbers, *sides]
+    # F.pad takes the last dimension first.
+    return [*sides[2:], *sides[:2]], [*numbers, 0, 0, 0, 0]
+
+
+def _pad(x: Tensor, outside: list[int] | None, padding_mode: str) -> Tensor:
+    return x if outside is None else nn.functional.pad(x, outside, mode=_PAD_MODES[padding_mode])
+
+
+def conv_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The rows that `conv` multiplies `conv_matrix` of its weight with, one an output pixel.
+
+    >>> conv_rows(nn.Conv2d(3, 5, 2), torch.zeros(1, 3, 4, 4)).shape
+    torch.Size([9, 16])
+    """
+    outside, numbers = _geometry(conv)
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    return ops.im2col(_pad(batched, outside, conv.padding_mode), [*numbers, 1])
 
 
 def conv_matrix(weight: Tensor) -> Tensor:

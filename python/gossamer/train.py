@@ -7,7 +7,6 @@ run it on several devices; nothing here is distributed by itself.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -99,24 +98,18 @@ def fit(
     """
     counts = {"epochs": epochs, "steps": steps, "accumulate": accumulate, "every": every}
     _check(model, loader, counts, clip, loss, distiller)
+    loss = loss or F.cross_entropy
     with _accelerator(accumulate, mixed_precision, seed) as accelerator:
         _check_pruner(accelerator, pruner)
         # Described first: to prepare them changes what they say of themselves.
-        about = [
-            ("optimizer", {**_described(optimizer), **optimizer.defaults}),
-            ("scheduler", scheduler and _described(scheduler)),
-            ("loss", _described(distiller) if distiller else _name(loss or F.cross_entropy)),
-            ("pruner", pruner and _described(pruner)),
-        ]
+        configuration = _configuration(model, optimizer, scheduler, distiller or loss, pruner)
         wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
         per_epoch = math.ceil(len(loader) / accumulate)
         total = steps or per_epoch * (epochs or 0)
-        configuration = {
-            **{"steps": total, "steps an epoch": per_epoch, "accumulate": accumulate},
-            **{"clip": clip, "mixed_precision": mixed_precision, "seed": seed},
+        configuration |= {
+            **{"steps": total, "per_epoch": per_epoch, "accumulate": accumulate, "clip": clip},
+            **{"mixed_precision": mixed_precision, "seed": seed},
             "processes": accelerator.num_processes,
-            "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters())}",
-            **{key: json.loads(json.dumps(value, default=str)) for key, value in about},
         }
         with _student(distiller, wrapped, accelerator.device):
             run = Run(
@@ -127,7 +120,7 @@ def fit(
                 optimizer,
                 scheduler,
                 pruner,
-                distiller or _supervised(wrapped, loss or F.cross_entropy),
+                distiller or _supervised(wrapped, loss),
                 evaluate,
                 clip=clip,
                 seed=seed,
@@ -196,10 +189,21 @@ def _name(x: Any) -> str:
     return getattr(x, "__qualname__", type(x).__qualname__)
 
 
-def _described(x: Any) -> dict[str, Any]:
-    """The class and the plain settings of an object, which a configuration can be told apart by."""
-    settings = {key: _plain(value) for key, value in vars(x).items() if key not in _MOVING}
-    return {"class": _name(x), **{k: v for k, v in settings.items() if v is not _UNTOLD}}
+def _configuration(
+    model: nn.Module, optimizer: Any, scheduler: Any, loss: Any, pruner: Any
+) -> dict[str, Any]:
+    parts = {"scheduler": scheduler, "loss": loss, "pruner": pruner}
+    return {
+        "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters())}",
+        "optimizer": _described(optimizer, optimizer.defaults),
+        **{name: part and _described(part, vars(part)) for name, part in parts.items()},
+    }
+
+
+def _described(x: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The class and the plain settings of an object, by which a configuration is told apart."""
+    told = {key: _plain(value) for key, value in settings.items() if key not in _MOVING}
+    return {"class": _name(x), **{k: v for k, v in told.items() if v is not _UNTOLD}}
 
 
 _UNTOLD = object()
