@@ -110,6 +110,7 @@ ORDER = (
     ("tasks",),
     ("recipe",),
     ("bench",),
+    ("road",),
     ("plots",),
     ("demo",),
     ("cli",),
