@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .calibrate import correct_bias_
 from .formats import Format
-from .layers import LAYERS, Conv2d, Linear, unsupported
+from .layers import LAYERS, Conv2d, Linear, input_range, unsupported
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row
@@ -33,6 +34,7 @@ class _Candidate:
     reason: str = ""
     layer: Layer | None = None
     ms: tuple[float, float] | None = None
+    corrected: bool = False
 
     @property
     def name(self) -> str:
@@ -44,6 +46,7 @@ def compress_(
     formats: Format | Mapping[str, Format | None],
     *,
     example_inputs: Any = None,
+    bias_correction: bool = True,
     timer: Timer = race,
 ) -> Report:
     """Swaps the nn.Linear and nn.Conv2d layers of `model` for packed ones, in place.
@@ -64,6 +67,8 @@ def compress_(
             these, each layer is timed dense and packed on the input it receives in one forward
             (in eval mode, on the current number of threads), and a layer stays dense where
             packed is not faster. A layer that this forward does not reach is packed untimed.
+        bias_correction: shift the bias of each layer that was calibrated so that its mean output
+            stays (see `calibrate.correct_bias_`).
         timer: (dense call, packed call) -> (ms, ms); replaces the clock.
 
     Returns:
@@ -89,7 +94,7 @@ def compress_(
         )
     candidates = _find(model)
     _choose(candidates, patterns)
-    _pack(candidates)
+    _pack(candidates, bias_correction)
     if example_inputs is not None:
         _time(model, candidates, example_inputs, timer)
     rows = _rows(model, candidates, timed=example_inputs is not None)
@@ -194,7 +199,7 @@ def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None])
                 break
 
 
-def _pack(candidates: Iterable[_Candidate]) -> None:
+def _pack(candidates: Iterable[_Candidate], bias_correction: bool) -> None:
     """Builds each chosen candidate's layer; a weight that several share is packed once."""
     shared: dict[tuple[int, Format], Packed] = {}
     for candidate in candidates:
@@ -202,13 +207,18 @@ def _pack(candidates: Iterable[_Candidate]) -> None:
             continue
         module: Any = candidate.module
         key = (id(module.weight), candidate.format)
+        packed = shared.get(key)
         try:
             if module.weight.is_meta:
                 raise ValueError("its weight is on meta and has no values: load the weights first")
-            layer = LAYERS[type(module)].from_dense(module, candidate.format, shared.get(key))
+            x_range = input_range(module, candidate.format)
+            if packed is not None and x_range is not None:
+                packed = packed.with_range(*x_range)
+            layer = LAYERS[type(module)].from_dense(module, candidate.format, packed)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {candidate.name!r}: {error}") from error
         shared[key] = layer.packed
+        candidate.corrected = bias_correction and correct_bias_(layer, module)
         candidate.layer = layer
 
 
@@ -231,10 +241,10 @@ def _time(
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[Packed, list[_Candidate]] = {}
+    groups: dict[int, list[_Candidate]] = {}
     for candidate in candidates:
         if candidate.layer is not None:
-            groups.setdefault(candidate.layer.packed, []).append(candidate)
+            groups.setdefault(_weight_id(candidate.layer), []).append(candidate)
     for group in groups.values():
         times = [candidate.ms for candidate in group if candidate.ms is not None]
         dense, packed = sum(ms[0] for ms in times), sum(ms[1] for ms in times)
@@ -271,7 +281,7 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
             for parameter in module.parameters(recurse=False):
                 staying.setdefault(id(parameter), name or "the model")
     counted: set[int] = set()
-    first: dict[Packed, str] = {}
+    first: dict[int, str] = {}
     rows = []
     for candidate in candidates:
         before, after, notes = _tensors(candidate.module), None, [candidate.reason]
@@ -279,7 +289,9 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
             before = [tensor for tensor in before if id(tensor) not in staying]
             after = _tensors(candidate.layer)
             tied = staying.get(id(candidate.module.weight))
-            other = first.setdefault(candidate.layer.packed, candidate.name)
+            other = first.setdefault(_weight_id(candidate.layer), candidate.name)
+            if candidate.corrected:
+                notes.append("bias corrected")
             if tied:
                 notes.append(f"tied to {tied!r}, which stays dense: no memory is saved")
             if other != candidate.name:
@@ -293,6 +305,11 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
         row.bytes_after = None if after is None else _bytes(after, counted)
         rows.append(row)
     return rows
+
+
+def _weight_id(layer: Layer) -> int:
+    """The same for layers whose packed weights are one in memory."""
+    return id(next(layer.packed.buffers()))
 
 
 def _row(candidate: _Candidate, note: str) -> Row:

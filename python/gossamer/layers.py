@@ -9,7 +9,25 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.formats import Format
+from gossamer.observed import observed
 from gossamer.packed import Packed, pack
+
+
+def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None:
+    """The range of a dense layer's input, where the format quantizes by one; else None.
+
+    Raises:
+        ValueError: the layer was not calibrated.
+    """
+    if getattr(format, "activations", "") != "static":
+        return None
+    seen = observed(module)
+    if seen is None:
+        raise ValueError(
+            "static activations need the range of its input, and no calibration reached it: run "
+            "`with gs.calibrate(model): model(x)` first, or give it another format"
+        )
+    return seen.low, seen.high
 
 
 def _bias_buffer(bias: Tensor | None, n: int) -> Tensor | None:
@@ -83,7 +101,7 @@ class Linear(_Layer):
         Raises:
             ValueError: if `packed` has another shape than the layer's weight, or as `pack`.
         """
-        packed = packed or pack(module.weight, format)
+        packed = packed or pack(module.weight, format, input_range(module, format))
         if (packed.n, packed.k) != (module.out_features, module.in_features):
             raise ValueError(
                 f"the packed weight is {packed.n} x {packed.k}, this layer needs "
@@ -200,7 +218,7 @@ class Conv2d(_Layer):
         reason = unsupported(module)
         if reason:
             raise ValueError(reason)
-        packed = packed or pack(conv_matrix(module.weight), format)
+        packed = packed or pack(conv_matrix(module.weight), format, input_range(module, format))
         padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
         return cls(
             packed,
@@ -239,8 +257,8 @@ class Conv2d(_Layer):
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""
-        taps = self.packed.unpack().reshape(self.out_channels, *self.kernel_size, -1)
-        return taps[..., : self.in_channels].permute(0, 3, 1, 2).contiguous()
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        return conv_weight(self.packed.unpack(), shape)
 
     def to_dense(self) -> nn.Conv2d:
         """A dense convolution with the weight that is really used, without the activation."""
@@ -339,6 +357,12 @@ def conv_matrix(weight: Tensor) -> Tensor:
     """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
     taps = weight.detach().permute(0, 2, 3, 1)
     return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
+
+
+def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `conv_matrix`: a weight of the shape (out, in, kh, kw)."""
+    taps = matrix.reshape(shape[0], *shape[2:], -1)
+    return taps[..., : shape[1]].permute(0, 3, 1, 2).contiguous()
 
 
 LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
+from .affine import affine_of, check_affine
+
 MAX_K = 65536
 
 
@@ -34,12 +36,29 @@ class Packed(nn.Module):
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
         super().__init__()
         self.n, self.k, self.format = n, k, format
-        for name in self.BUFFERS:
-            self.register_buffer(name, buffers[name])
+        for name in self.buffers_of(format):
+            self.register_buffer(name, buffers.get(name))
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, scale: Tensor | None = None) -> Packed:
         raise NotImplementedError
+
+    @classmethod
+    def buffers_of(cls, format: Format) -> dict[str, torch.dtype]:
+        """The buffers of such a weight, by name."""
+        static = getattr(format, "activations", "") == "static"
+        return {**cls.BUFFERS, **({"x_affine": torch.float32} if static else {})}
+
+    def with_range(self, low: float, high: float) -> Packed:
+        """The same weight, in the same memory, whose inputs are quantized by the range low .. high.
+
+        Raises:
+            ValueError: the range is empty or not finite, or the format has no such range.
+        """
+        if "x_affine" not in self.buffers_of(self.format):
+            raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
+        buffers = {**self._tensors(), "x_affine": affine_of(low, high)}
+        return type(self)(self.n, self.k, self.format, buffers)
 
     @classmethod
     def from_buffers(cls, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
@@ -50,12 +69,12 @@ class Packed(nn.Module):
                 makes.
         """
         check_sizes(n, k)
-        if set(buffers) != set(cls.BUFFERS):
+        expected = cls.buffers_of(format)
+        if set(buffers) != set(expected):
             raise ValueError(
-                f"{format.name} has the buffers {sorted(cls.BUFFERS)}, "
-                f"the file has {sorted(buffers)}"
+                f"{format.name} has the buffers {sorted(expected)}, the file has {sorted(buffers)}"
             )
-        for name, dtype in cls.BUFFERS.items():
+        for name, dtype in expected.items():
             buffer = buffers[name]
             if not isinstance(buffer, Tensor) or buffer.is_meta or buffer.layout != torch.strided:
                 raise ValueError(f"buffer {name} is not a dense tensor that holds data")
@@ -64,6 +83,8 @@ class Packed(nn.Module):
         clean = {name: b.detach().cpu().contiguous() for name, b in buffers.items()}
         packed = cls(n, k, format, clean)
         packed._validate()
+        if "x_affine" in expected:
+            check_affine(clean["x_affine"])
         return packed
 
     def _validate(self) -> None:
@@ -83,7 +104,7 @@ class Packed(nn.Module):
 
         They may hold another number of non-zeros than those they replace.
         """
-        names = {prefix + name: name for name in self.BUFFERS}
+        names = {prefix + name: name for name in self._buffers}
         missing = [key for key in names if key not in state_dict]
         missing_keys += missing
         if strict:

@@ -81,7 +81,7 @@ class PackedInt4(Packed):
     }
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, scale: Tensor | None = None) -> Packed:
         assert isinstance(format, Int4)
         weight = checked_weight(weight)
         (n, k), group = weight.shape, format.group

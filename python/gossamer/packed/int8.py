@@ -24,12 +24,12 @@ class _Int8Panels(Packed):
     scale: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, scale: Tensor | None = None) -> Packed:
         weight = checked_weight(weight)
         n, k = weight.shape
         padded = nn.functional.pad(weight, (0, round_up(k, STEP) - k))
         outputs = torch.arange(n).repeat_interleave(padded.shape[1] // 4)
-        lanes, scale = quantize_lanes(lanes_of(padded), outputs, n)
+        lanes, scale = quantize_lanes(lanes_of(padded), outputs, n, scale)
         q = unlanes(lanes, n, padded.shape[1])
         whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
         panels = whole.reshape(-1, PANEL, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
@@ -59,7 +59,7 @@ class _Int8Panels(Packed):
 
 
 class PackedInt8(_Int8Panels):
-    """`Int8(activations="dynamic")`: integers times integers."""
+    """`Int8(activations="dynamic")` and `"static"`: integers times integers."""
 
     wsum: Tensor
 
@@ -74,7 +74,8 @@ class PackedInt8(_Int8Panels):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        return ops.gemm_int8(x, b["panels"], b["scale"], b["wsum"], bias, self.k, activation, conv)
+        weight = (b["panels"], b["scale"], b["wsum"])
+        return ops.gemm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
 
 
 class PackedW8(_Int8Panels):

@@ -9,31 +9,32 @@ from torch import Tensor
 LANE_LIMIT = 128
 
 
-def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def quantize_lanes(
+    lanes: Tensor, outputs: Tensor, n: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric int8 such that no lane can overflow 16 bits.
 
     A lane is the set of four weights whose u8 x s8 products a CPU without a 4-way dot sums in
     int16. The scale of an output is the smallest for which every weight fits in 127 and, of every
     lane, the positive weights together in 128 and the negative ones too, so that
     255 * 128 <= 32767 (docs/formats.md derives it). Rounding may overshoot 128 by one or two: the
-    weight that gained most by it gives that back.
+    weight that gained most by it gives that back. With a scale that is given instead, the weights
+    of a sign that are too much for their lane all shrink by what is too much.
 
     Args:
         lanes: (lanes, 4) float32.
         outputs: (lanes) int64, the output each lane belongs to.
         n: number of outputs.
+        scale: (n) float32, if it is not to be chosen.
 
     Returns:
         q (lanes, 4) int8, scale (n) float32.
     """
-    # Divided first: four of the largest floats would overflow.
-    share = lanes / LANE_LIMIT
-    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
-    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
-    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
-    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
-    scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
-    exact = lanes / scale[outputs, None]
+    if scale is None:
+        scale = _fitting_scale(lanes, outputs, n)
+        exact = lanes / scale[outputs, None]
+    else:
+        exact = _cut_off(lanes / scale[outputs, None])
     q = exact.round().clamp_(-127, 127)
     for sign in (1, -1):
         over = _overflowing(q, sign).nonzero().squeeze(1)
@@ -44,6 +45,25 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
             q[over] = part * sign
             over = over[_overflowing(q[over], sign)]
     return q.to(torch.int8), scale
+
+
+def _fitting_scale(lanes: Tensor, outputs: Tensor, n: int) -> Tensor:
+    # Divided first: four of the largest floats would overflow.
+    share = lanes / LANE_LIMIT
+    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
+    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
+    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
+    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
+    return torch.where(scale < 2.0**-120, torch.ones(()), scale)
+
+
+def _cut_off(exact: Tensor) -> Tensor:
+    """Lanes whose weights of either sign sum to LANE_LIMIT at most, and no more than 127 each."""
+    exact = exact.clamp(-127, 127)
+    positive, negative = exact.clamp(min=0), exact.clamp(max=0)
+    up = (LANE_LIMIT / positive.sum(1, keepdim=True)).clamp(max=1)
+    down = (LANE_LIMIT / negative.sum(1, keepdim=True).neg()).clamp(max=1)
+    return positive * up + negative * down
 
 
 def _overflowing(lanes: Tensor, sign: int) -> Tensor:

@@ -34,7 +34,7 @@ class PackedSparse(_Indexed):
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, scale: Tensor | None = None) -> Packed:
         weight = checked_weight(weight)
         n, k = weight.shape
         mask = weight != 0
@@ -78,7 +78,7 @@ class PackedSparseInt8(_Indexed):
     }
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, scale: Tensor | None = None) -> Packed:
         weight = checked_weight(weight)
         n, k = weight.shape
         blocks = nn.functional.pad(weight, (0, round_up(k, 4) - k)).reshape(n, -1, 4)
@@ -90,7 +90,7 @@ class PackedSparseInt8(_Indexed):
         outputs[entry] = mask.nonzero(as_tuple=True)[0]
         # A pair of entries shares its lanes; the first of a pair is never padding.
         lanes, scale = quantize_lanes(
-            lanes_of(values.reshape(-1, 8)), outputs[::2].repeat_interleave(2), n
+            lanes_of(values.reshape(-1, 8)), outputs[::2].repeat_interleave(2), n, scale
         )
         q = unlanes(lanes, len(values), 4) if len(values) else lanes.reshape(0, 4)
         wsum = torch.zeros(n, dtype=torch.int32)
@@ -115,7 +115,7 @@ class PackedSparseInt8(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        return ops.spmm_int8(x, *weight, bias, self.k, activation, conv)
+        return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
 
     def unpack(self) -> Tensor:
         weight = torch.zeros(self.n, round_up(self.k, 4))
