@@ -88,8 +88,8 @@ class Run:
 
     def go(self, resume: bool, progress: bool) -> History:
         """Trains from the last checkpoint, or from the beginning, to the end."""
-        for part in (self.scheduler, self.pruner):
-            if part is not None:
+        for part in (self.scheduler, self.pruner, self.loss):
+            if hasattr(part, "state_dict"):  # a distiller may learn too
                 self.accelerator.register_for_checkpointing(part)
         if self.checkpoints and resume:
             self._load(self.checkpoints)

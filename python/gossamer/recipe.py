@@ -10,7 +10,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,11 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from . import distill, prune
+from . import distill
 from .calibrate import OBSERVERS
 from .formats import FORMATS
 from .layers import LAYERS
 from .patterns import select
+from .prune import Cubic, OneShot
 
 try:
     import yaml
@@ -99,8 +100,7 @@ def _classes(module: Any, base: Any) -> dict[str, Any]:
 
 
 def _schedules() -> dict[str, Any]:
-    found = {name: cls for name, cls in _classes(prune, object).items() if is_dataclass(cls)}
-    return {name: cls for name, cls in found.items() if "__call__" in dir(cls)}
+    return {cls.__name__: cls for cls in (OneShot, Cubic)}
 
 
 def _optimizers() -> dict[str, Any]:

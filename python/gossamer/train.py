@@ -26,7 +26,10 @@ from .resume import Checkpoints
 from .timing import forward
 
 # What changes while a scheduler, a pruner or a distiller is in use: no part of a configuration.
-_MOVING = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_step", "_due", "parts"}
+_MOVING = {
+    *("last_epoch", "_step_count", "_last_lr", "_is_initial"),
+    *("_step", "_due", "_share", "_accumulated", "parts"),
+}
 
 
 def fit(
@@ -150,7 +153,8 @@ def _student(distiller: Distiller | None, wrapped: nn.Module, device: Any) -> It
         return
     bare = distiller.student
     distiller.student = wrapped
-    distiller.teacher.to(device)
+    for teacher in getattr(distiller, "teachers", None) or [distiller.teacher]:
+        teacher.to(device)
     try:
         yield
     finally:
@@ -217,6 +221,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         told = [_plain(item) for item in value]
         return _UNTOLD if _UNTOLD in told else told
+    if isinstance(value, dict) and value:
+        items = {str(key): _plain(item) for key, item in value.items()}
+        return _UNTOLD if _UNTOLD in items.values() else items
     return _UNTOLD
 
 
