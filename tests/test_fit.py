@@ -22,7 +22,6 @@ import gossamer as gs
 from gossamer.resume import Checkpoints, require_same
 from gossamer.tasks import Rows
 
-pytest.importorskip("accelerate")
 SCRIPT = Path(fit_script.__file__)
 
 
@@ -147,6 +146,23 @@ def test_a_distiller_trains_its_student_and_leaves_no_wrapper(precision):
     assert history.losses[-1] < history.losses[0] / 4
     assert distiller.student is student and "forward" not in vars(student)
     assert student.weight.dtype == copy.deepcopy(student)(torch.ones(1, 16)).dtype == torch.float32
+
+
+def test_a_distiller_needs_no_labels_and_takes_tuples_and_dicts():
+    class Sum(nn.Linear):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    teacher, student = Sum(4, 2), Sum(4, 2)
+    x, y = torch.randn(2, 8, 4)
+    for batch in (
+        lambda chosen: ((x[chosen], y[chosen]), None),
+        lambda chosen: ({"y": y[chosen], "x": x[chosen]}, None),
+    ):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        distiller = gs.Distiller(student, teacher, losses=[gs.KD()], hard=0.5)
+        history = quick(student, optimizer, Rows(8, batch).loader(4), distiller=distiller)
+        assert len(history.losses) == 2 and list(distiller.parts) == ["KD"]
 
 
 def test_the_history_is_a_table_of_the_evaluations():
