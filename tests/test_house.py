@@ -106,7 +106,12 @@ ORDER = (
     ("prune", "distill", "checkpoint", "gptq", "qat", "smooth"),
     ("integrations",),
     ("compare",),
+    ("loop",),
+    ("train",),
+    ("tasks",),
+    ("recipe",),
     ("bench",),
+    ("road",),
     ("plots",),
     ("demo",),
     ("cli",),
@@ -287,9 +292,10 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
 
 PUBLIC = [
     *("DIST", "KD", "Comparison", "Conv2d", "Cosine", "Cubic", "Distiller", "Format", "Hint"),
-    *("Int4", "Int8", "Linear", "OneShot", "Polynomial", "Pruner", "Relation", "Report"),
-    *("Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare", "compress_"),
-    *("gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity", "smooth_"),
+    *("History", "Int4", "Int8", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
+    *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
+    *("compress_", "fit", "gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity"),
+    *("smooth_",),
 ]
 
 

@@ -18,6 +18,7 @@ from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.gptq import gptq_
 from gossamer.hints import Hint, Relation, SquareHead
 from gossamer.layers import Conv2d, Linear
+from gossamer.loop import History
 from gossamer.losses import DIST, KD, Cosine
 from gossamer.prune import Pruner, prune_
 from gossamer.qat import qat_
@@ -25,6 +26,7 @@ from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
 from gossamer.sensitivity import Sensitivity, sensitivity
 from gossamer.smooth import smooth_
+from gossamer.train import fit
 
 __version__ = version()
 
@@ -38,6 +40,7 @@ __all__ = [
     "Distiller",
     "Format",
     "Hint",
+    "History",
     "Int4",
     "Int8",
     "Linear",
@@ -53,6 +56,7 @@ __all__ = [
     "calibrate",
     "compare",
     "compress_",
+    "fit",
     "gptq_",
     "isa",
     "load_",

@@ -54,15 +54,16 @@ def pack_dense(module: nn.Module, format: Format) -> Packed:
     Raises:
         ValueError: as `input_range` and `pack`.
     """
-    weight: Any = module.weight.detach()
-    matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight
+    weight: Any = module.weight
+    matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight.detach()
     kept = vars(module).get("_gossamer_rounded")
-    if kept is not None and kept.format == format:
-        if torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu()):
-            return copy.deepcopy(kept)
-    trained = frozen(module)
-    scale = None if trained is None else trained.scale
-    return pack(matrix, format, input_range(module, format), scale)
+    trained, x_range = frozen(module), input_range(module, format)
+    if isinstance(kept, Packed) and kept.format == format:
+        same = torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu())
+        if same:
+            own = copy.deepcopy(kept)
+            return own if x_range is None else own.with_range(*x_range)
+    return pack(matrix, format, x_range, None if trained is None else trained.scale)
 
 
 def _checked_bias(bias: Tensor | None, n: int) -> Tensor | None:
