@@ -308,7 +308,7 @@ PUBLIC = [
         "calibrate",
         "compare",
     ),
-    *("compress_", "isa", "load_", "prune_", "save", "sensitivity"),
+    *("compress_", "isa", "load_", "prune_", "save", "sensitivity", "slim_"),
 ]
 
 

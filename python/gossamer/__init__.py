@@ -20,6 +20,7 @@ from gossamer.prune import Pruner, prune_
 from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
 from gossamer.sensitivity import Sensitivity, sensitivity
+from gossamer.slim import slim_
 
 __version__ = version()
 
@@ -49,4 +50,5 @@ __all__ = [
     "prune_",
     "save",
     "sensitivity",
+    "slim_",
 ]
