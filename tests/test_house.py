@@ -295,7 +295,7 @@ PUBLIC = [
     *("History", "Int4", "Int8", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
     *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
     *("compress_", "fit", "gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity"),
-    *("smooth_",),
+    *("slim_", "smooth_"),
 ]
 
 

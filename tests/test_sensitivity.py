@@ -38,7 +38,7 @@ def test_one_layer_at_a_time_is_pruned_and_restored() -> None:
     assert found.weights == {"0": 288, "3": 48}
     data = json.loads(json.dumps(found.to_json()))
     assert data["layers"][1] == {"name": "3", "weights": 48, "quality": [-12.0, -36.0]}
-    assert "| 3     |      48 |  -12.0000 |  -36.0000 |" in str(found)
+    assert "| 3     |      48 | -12.0000 |  -36.0000 |" in str(found)
 
 
 def test_the_model_is_restored_when_evaluate_raises() -> None:

@@ -25,6 +25,7 @@ from gossamer.qat import qat_
 from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
 from gossamer.sensitivity import Sensitivity, sensitivity
+from gossamer.slim import slim_
 from gossamer.smooth import smooth_
 from gossamer.train import fit
 
@@ -64,5 +65,6 @@ __all__ = [
     "qat_",
     "save",
     "sensitivity",
+    "slim_",
     "smooth_",
 ]

@@ -19,6 +19,7 @@ from .observed import frozen
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row
+from .resize import carry
 from .timing import Call, eval_mode, forward, race, unfused
 
 Layer = Linear | Conv2d
@@ -115,6 +116,7 @@ def swap(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in layers:
+                carry(child, layers[child])
                 parent._modules[name] = layers[child].train(child.training)
     for module in model.modules():
         # Both read linear1.weight in eval mode, past the layer, to call one fused kernel; these

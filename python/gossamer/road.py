@@ -26,10 +26,11 @@ from .compare import Comparison, compare
 from .compress import compress_
 from .distill import Distiller
 from .loop import History
-from .prune import OneShot, Pruner
+from .prune import Pruner
 from .recipe import STAGES, Call, Document, Pack, Quantize, Training
 from .report import Report, render
 from .resume import replace_text, require_same
+from .schedules import OneShot
 from .tasks import Task, make
 from .timing import eval_mode, forward, threads
 from .train import fit

@@ -97,7 +97,8 @@ def sensitivity(
 
     Example:
         >>> import torch, gossamer as gs
-        >>> x, model = torch.eye(8), torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> x = torch.eye(8)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> y = model(x)
         >>> found = gs.sensitivity(model, lambda m: -float((m(x) - y).square().mean().detach()))
         >>> list(found.quality), len(found.quality["0"]), torch.equal(model(x), y)
