@@ -1,8 +1,7 @@
-"""examples/minilm.py without its packages: the rank correlation, the model's shapes, the advice."""
+"""MiniLM without its packages: the rank correlation, the model's shapes, the advice."""
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,32 +10,28 @@ import pytest
 import torch
 
 import gossamer as gs
+from gossamer.tasks import minilm
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "minilm.py"
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    return runpy.run_path(str(SCRIPT))
+def test_equal_values_share_the_mean_of_their_ranks():
+    assert minilm.ranks(torch.tensor([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2, 3.5, 1]
 
 
-def test_equal_values_share_the_mean_of_their_ranks(minilm):
-    assert minilm["ranks"](torch.tensor([5.0, 1.0, 5.0, 0.0])).tolist() == [3.5, 2, 3.5, 1]
-
-
-def test_spearman_sees_order_only(minilm):
+def test_spearman_sees_order_only():
     x = torch.tensor([3.0, 1.0, 2.0, 9.0, 8.0])
-    assert minilm["spearman"](x, x.exp()) == pytest.approx(1)
-    assert minilm["spearman"](x, -x) == pytest.approx(-1)
+    assert minilm.spearman(x, x.exp()) == pytest.approx(1)
+    assert minilm.spearman(x, -x) == pytest.approx(-1)
     # 1 - 6 * sum(d^2) / (n * (n^2 - 1)), with d = 0 0 1 -1 0.
     y = torch.tensor([2.0, 0.0, 3.0, 9.0, 8.0])
-    assert minilm["spearman"](x, y) == pytest.approx(1 - 6 * 2 / (5 * 24))
+    assert minilm.spearman(x, y) == pytest.approx(1 - 6 * 2 / (5 * 24))
 
 
 @pytest.mark.parametrize("format, cosine", [(gs.Int8(), 0.99), (gs.Int4(), 0.98)], ids=str)
-def test_padding_does_not_change_an_embedding_and_packing_hardly_does(minilm, format, cosine):
+def test_padding_does_not_change_an_embedding_and_packing_hardly_does(format, cosine):
     torch.manual_seed(0)
-    model = minilm["MiniLM"]().eval()
+    model = minilm.MiniLM().eval()
     ids = torch.randint(1000, 30000, (1, 7))
     mask = torch.ones(1, 7, dtype=torch.bool)
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.int64)], 1)

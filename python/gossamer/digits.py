@@ -47,7 +47,7 @@ class TextbookCNN(nn.Module):
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (b, 3, 32, 32) float32, channels_last, standardized, and their classes (b) int64."""
+    """Images (b, 3, 32, 32) channels_last or (b, 64), standardized, and their classes (b) int64."""
 
     train_x: Tensor
     train_y: Tensor
@@ -55,8 +55,11 @@ class Digits:
     test_y: Tensor
 
 
-def digits() -> Digits:
-    """scikit-learn's 1797 handwritten digits, 8x8 made 3x32x32; 360 of them, stratified, for tests.
+def digits(flat: bool = False) -> Digits:
+    """scikit-learn's 1797 handwritten digits; 360 of them, stratified, for tests.
+
+    Args:
+        flat: rows of 64 pixels, as they are; else the 8x8 pixels are made 3x32x32.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -66,17 +69,20 @@ def digits() -> Digits:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
-            "the demo takes its images from scikit-learn, which is missing: "
-            "pip install scikit-learn"
+            "the digits come with scikit-learn, which is missing: pip install scikit-learn"
         ) from error
     data = load_digits()
-    small = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1)
-    x = F.interpolate(small, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
+    x = torch.tensor(data.data, dtype=torch.float32)
+    if not flat:
+        small = x.view(-1, 1, 8, 8)
+        x = F.interpolate(small, size=(32, 32), mode="bilinear").expand(-1, 3, -1, -1)
     y = torch.tensor(data.target, dtype=torch.int64)
     train, test = train_test_split(
         torch.arange(len(y)).tolist(), test_size=TEST_IMAGES, stratify=data.target, random_state=0
     )
-    x = ((x - x[train].mean()) / x[train].std()).contiguous(memory_format=torch.channels_last)
+    x = (x - x[train].mean()) / x[train].std()
+    if not flat:
+        x = x.contiguous(memory_format=torch.channels_last)
     return Digits(x[train], y[train], x[test], y[test])
 
 
