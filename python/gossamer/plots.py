@@ -1,4 +1,4 @@
-"""Pictures of what `gossamer bench --json` wrote: a roofline, and bars of speed-up."""
+"""Pictures of measured figures: a roofline, bars of speed-up, quality over minutes of training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def roofline(figures: dict[str, Any], path: Path) -> None:
         for timing in result.timings
         if timing.name in (TORCH_FP32, "fbgemm", *FORMATS)
     ]
-    figure, axes = _figure(figures, "Roofline: what each kernel reaches, and what the CPU could")
+    title = "Roofline: what each kernel reaches, and what the CPU could"
+    figure, axes = _figure(figures["machine"], limits.threads, title)
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(
         0.5 * min(intensity for *_, intensity in points),
@@ -81,7 +82,8 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     results = _results(figures)
     colour = _colours(results)
     names = [name for name in colour if name != TORCH_FP32]
-    figure, axes = _figure(figures, "Times faster than torch fp32")
+    threads = figures["ceilings"]["threads"]
+    figure, axes = _figure(figures["machine"], threads, "Times faster than torch fp32")
     width = 0.86 / max(1, len(names))
     for index, name in enumerate(names):
         at = [
@@ -107,7 +109,37 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _figure(figures: dict[str, Any], title: str) -> tuple[Any, Any]:
+def curve(figures: dict[str, Any], path: Path) -> None:
+    """Quality of a compressed model over minutes of training, and its sparsity then.
+
+    Args:
+        figures: `machine` with its `threads`, `title`, `metric`, `curve` (dicts with `minutes`,
+            `quality` and `sparsity`) and `levels` (label -> quality), drawn as lines across.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    about, points = figures["machine"], figures["curve"]
+    figure, axes = _figure(about, about["threads"], figures["title"])
+    minutes = [point["minutes"] for point in points]
+    zeros = axes.twinx()
+    zeros.fill_between(minutes, [p["sparsity"] for p in points], color=PALE[2], alpha=0.5)
+    zeros.set(ylim=(0, 1), ylabel="share of zeros (grey)")
+    axes.set_zorder(zeros.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.plot(minutes, [p["quality"] for p in points], marker="o", color=STRONG[0])
+    for (label, level), colour in zip(figures["levels"].items(), STRONG[1:], strict=False):
+        axes.axhline(level, color=colour, linewidth=1, linestyle="--", label=f"{label} {level:.4f}")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel(figures["metric"])
+    axes.grid(True, linewidth=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def _figure(about: dict[str, Any], threads: int, title: str) -> tuple[Any, Any]:
     """A figure without pyplot: no window, no state that outlives it."""
     try:
         from matplotlib.figure import Figure
@@ -115,8 +147,6 @@ def _figure(figures: dict[str, Any], title: str) -> tuple[Any, Any]:
         raise ImportError(
             "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
-    about = figures["machine"]
-    threads = figures["ceilings"]["threads"]
     machine = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
     figure = Figure(figsize=(12, 6))
     axes = figure.add_subplot()
