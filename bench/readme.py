@@ -1,4 +1,4 @@
-"""Writes the tables of README.md anew, from results.json, minilm.json and demo.json.
+"""Writes the tables of README.md anew, from the json files of the other commands.
 
 python bench/readme.py
 """
@@ -65,7 +65,24 @@ def demo(figures: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-TABLES = {"results.json": layers, "minilm.json": minilm, "demo.json": demo}
+def training(figures: dict[str, Any]) -> list[list[str]]:
+    """A row a layer, its step at 90 and 95 % zeros."""
+    rows = [["forward + backward (input)", "torch", "`Sparse(trainable=True)` 90 %", "95 %"]]
+    layers: dict[str, dict[float, dict[str, Any]]] = {}
+    for row in figures["rows"]:
+        layers.setdefault(f"{row['layer']} {tuple(row['input'])}", {})[row["sparsity"]] = row
+    for name, own in layers.items():
+        cells = [f"{own[s]['sparse_ms']:.3g} ms ({own[s]['ratio']:.1f}x)" for s in (0.9, 0.95)]
+        rows.append([name, f"{own[0.9]['dense_ms']:.3g} ms", *cells])
+    return rows
+
+
+TABLES = {
+    "results.json": layers,
+    "training.json": training,
+    "minilm.json": minilm,
+    "demo.json": demo,
+}
 
 
 def _line(cells: list[str]) -> str:

@@ -208,6 +208,45 @@ extern "C" int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse
   });
 }
 
+extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
+                              const gossamer_index* w, float* dw,
+                              gossamer_parallel_for parallel_for) {
+  if (!dy || !w || (!dw && w->entries > 0)) return fail("dy, w and dw must not be NULL");
+  const gossamer_output y{dw, w->n, 0, nullptr, GOSSAMER_NONE};
+  if (const int status = check(x, w->n, w->k, &y)) return status;
+  const Work rows = work_of(*x, kMaxLanes, 1);
+  if (dy->conv || dy->rows != rows.images * rows.rows || (dy->rows > 1 && dy->stride < w->n)) {
+    return fail("dy has %lld rows with stride %lld, x has %lld rows and the weight n=%lld",
+                Long(dy->rows), Long(dy->stride), Long(rows.images * rows.rows), Long(w->n));
+  }
+  if (const int status = check(dy, w->n, std::min(w->n, kMaxK), &y)) return status;
+  if (rows.tiles() == 0 || w->entries == 0) {
+    std::fill(dw, dw + w->entries, 0.0f);
+    return GOSSAMER_OK;
+  }
+  // A thread has the entries of its chunks to itself, and walks all rows.
+  const Work work{1, 1, 1, chunk_count(w->n)};
+  const ByEntries before{*w, ceil_div(w->k, kBlockFloats)};
+  const double macs = macs_of_lanes(rows, 2 * double(w->entries));
+  return run(work, macs, before, parallel_for, [&](const Tile& mine) {
+    const int64_t own = sddmm_scratch(w->n, w->k, rows.tile);
+    Arena arena{scratch.reserve(float_tile_bytes(*x, w->k, rows.tile) + own)};
+    if (!arena.next) return false;
+    char* lanes = arena.take(own);
+    for (int64_t t = 0; t < rows.tiles(); ++t) {
+      const Tile tile = tile_at(rows, t);
+      Arena gathered = arena;
+      const FloatTile in = float_tile(*x, w->k, tile, gathered);
+      const int64_t row = tile.image * rows.rows + tile.rows.begin;
+      const FloatTile out{
+          static_cast<const char*>(dy->data) + row * dy->stride * element_size(dy->dtype),
+          dy->stride, dy->dtype, tile.count()};
+      active_kernels()->sddmm(in, out, *w, mine.units, t == 0, dw, lanes);
+    }
+    return true;
+  });
+}
+
 extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q,
                                       int64_t q_stride, float* scale, int32_t* zero,
                                       gossamer_parallel_for parallel_for) {

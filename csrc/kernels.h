@@ -51,6 +51,9 @@ using Spmm = void(const FloatTile& x, const gossamer_sparse& w, Range chunks, co
                   void* scratch);
 using SpmmInt8 = void(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chunks,
                       const Destination& to, void* scratch);
+// `first`: dw = instead of dw +=. dw has all entries of w, of which those of `chunks` are written.
+using Sddmm = void(const FloatTile& x, const FloatTile& dy, const gossamer_index& w, Range chunks,
+                   bool first, float* dw, void* scratch);
 // Rows (output pixels) of one image; `size` bytes an element; `pad` fills what lies outside.
 using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, uint8_t pad,
                     Range rows, void* out);
@@ -68,6 +71,7 @@ struct Kernels {
   GemmInt4* gemm_int4;
   Spmm* spmm;
   SpmmInt8* spmm_int8;
+  Sddmm* sddmm;
   Im2col* im2col;
   Ceilings* ceilings;
 };
@@ -90,6 +94,10 @@ static inline int64_t spmm_scratch(int64_t n, int64_t k, int64_t rows) {
 }
 static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
   return (ceil_div(k, 4) + chunk_rows(n)) * panel_lanes(rows) * 4;
+}
+
+static inline int64_t sddmm_scratch(int64_t n, int64_t k, int64_t rows) {
+  return spmm_scratch(n, k, rows);
 }
 
 // Which of them are linked depends on the architecture: see isa.cpp.

@@ -62,6 +62,12 @@ struct Tile {
 // waking a sleeping thread 5 to 20). At 50 G int8 MACs a second.
 constexpr double kGrainMacs = 20e-6 * 50e9;
 
+// Tile number t, all of its units.
+inline Tile tile_at(const Work& work, int64_t t) {
+  const int64_t per_image = ceil_div(work.rows, work.tile), row = t % per_image * work.tile;
+  return {t / per_image, {row, std::min(row + work.tile, work.rows)}, {0, work.units}, false};
+}
+
 // What the units before `unit` cost, in any measure: threads share the whole evenly by it.
 struct Even {
   int64_t operator()(int64_t unit) const { return unit; }
@@ -106,16 +112,16 @@ int run(const Work& work, double macs, Before before, gossamer_parallel_for para
   } context{work, before, body, before(work.units), {false}};
   const gossamer_body each = [](int64_t from, int64_t to, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
-    const int64_t units = c.work.units, per_image = ceil_div(c.work.rows, c.work.tile);
+    const int64_t units = c.work.units;
     int64_t image = -1;
     for (int64_t begin = c.item(from), end = c.item(to); begin < end;) {
       const int64_t t = begin / units, first = begin % units,
                     last = std::min(units, first + end - begin);
-      const int64_t row = t % per_image * c.work.tile;
-      const Range rows{row, std::min(row + c.work.tile, c.work.rows)};
-      if (!c.body(Tile{t / per_image, rows, {first, last}, t / per_image != image}))
-        c.failed = true;
-      image = t / per_image;
+      Tile tile = tile_at(c.work, t);
+      tile.units = {first, last};
+      tile.fresh = tile.image != image;
+      if (!c.body(tile)) c.failed = true;
+      image = tile.image;
       begin += last - first;
     }
     scratch.trim();

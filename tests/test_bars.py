@@ -51,7 +51,7 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size < 150_000
         assert f"({name})" in page
 
-    for name in ("README.md", "bench/minilm.json", "bench/demo.json"):
+    for name in ("README.md", "bench/minilm.json", "bench/demo.json", "bench/training.json"):
         shutil.copy(ROOT / name, tmp_path)
     readme = tmp_path / "README.md"
     command = (sys.executable, ROOT / "bench" / "readme.py", "--readme", readme)
@@ -61,3 +61,11 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
     assert f"({first['m']}, {first['k']} -> {first['n']}) | " in after
     prose = [[line for line in text.split("\n") if "|" not in line] for text in (before, after)]
     assert prose[0] == prose[1], "nothing but tables is written"
+
+
+def test_training_steps_are_timed(tmp_path: Path) -> None:
+    shown = run("training.py", tmp_path)
+    figures = json.loads((tmp_path / "training.json").read_text())
+    assert [row["bar"] for row in figures["rows"] if row["bar"]] == [4.0, 6.5]
+    assert all(row["sparse_ms"] > 0 for row in figures["rows"])
+    assert shown.strip() in (tmp_path / "training.md").read_text()

@@ -328,11 +328,11 @@ def test_a_packed_teacher_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gossamer.compress", SimpleNamespace(compress_=compress_))
     before = copy.deepcopy(teacher.state_dict())
     distiller = Distiller(student, teacher, [SquareHead("head")], teacher_format="the format")
-    assert distiller.teacher is not teacher and distiller.teacher_report == "the report"
-    assert teacher.training and not distiller.teacher.training
+    assert distiller.teachers[0] is not teacher and distiller.teacher_reports == ("the report",)
+    assert teacher.training and not distiller.teachers[0].training
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     x = torch.randn(2, 4)
-    expected = squarehead_by_hand([(student(x), distiller.teacher(x))])
+    expected = squarehead_by_hand([(student(x), distiller.teachers[0](x))])
     assert distiller(x).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -374,7 +374,7 @@ def test_errors_when_made(make: Any, message: str) -> None:
         (
             {"width": 8},
             [SquareHead("layers.*")],
-            r"layer 'layers.0': .* \(2, 8\), .* \(2, 6\)",
+            r"features of layer 'layers.0' are \(2, 8\), the teacher's \(2, 6\): Hint projects",
         ),
         ({}, [SquareHead("unused")], "layer 'unused' of the student did not run"),
     ],

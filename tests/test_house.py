@@ -103,6 +103,7 @@ ORDER = (
     ("layers",),
     ("compress",),
     ("prune", "distill", "checkpoint"),
+    ("integrations",),
     ("compare",),
     ("bench",),
     ("plots",),
@@ -284,19 +285,9 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
 
 
 PUBLIC = [
-    *(
-        "Comparison",
-        "Conv2d",
-        "Cubic",
-        "Distiller",
-        "Format",
-        "Int4",
-        "Int8",
-        "KD",
-        "Linear",
-        "OneShot",
-    ),
-    *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "compare", "compress_", "isa"),
+    *("Comparison", "Conv2d", "Cosine", "Cubic", "DIST", "Distiller", "Format", "Hint"),
+    *("Int4", "Int8", "KD", "Linear", "OneShot", "Pruner", "Relation", "Report", "Sparse"),
+    *("SparseInt8", "SquareHead", "compare", "compress_", "isa"),
     *("load_", "prune_", "save"),
 ]
 

@@ -113,6 +113,13 @@ GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w
 GOSSAMER_API int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
 
+/* The gradient of a sparse weight: dw(entry of output o, input i) = sum over rows of dy(row, o) *
+ * x(row, i), for the entries of an index. dy has a row of n elements for each row of x (with conv:
+ * each output pixel), and no conv of its own. */
+GOSSAMER_API int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
+                                const gossamer_index* w, float* dw,
+                                gossamer_parallel_for parallel_for);
+
 /* q = clamp(round(x / scale) + zero, 0, 255) a row of k elements; q has rows of q_stride >= k
  * bytes. */
 GOSSAMER_API int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q,

@@ -1,4 +1,4 @@
-// lanes.h: what the two sparse kernels share. Rows of x lie in the lanes of a vector: a panel is
+// lanes.h: what the sparse kernels share. Rows of x lie in the lanes of a vector: a panel is
 // [column][T] 32-bit words (floats, or four u8), T = kLanes, twice that, ... or 64 rows, so that one
 // non-zero weight is broadcast and multiplies a whole line of the panel.
 #pragma once
@@ -49,6 +49,18 @@ static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int3
       for (int i = 0; i < count; ++i) store(panel + (c + i) * lanes + r, square[i]);
     }
   }
+}
+
+// The first `columns` of a tile of floats -> panel[columns][T].
+static inline void pack_floats(const FloatTile& x, int64_t columns, int64_t lanes, float* panel) {
+  by_dtype(x.dtype, [&](auto type) {
+    const auto* data = static_cast<const decltype(type)*>(x.x);
+    pack_lanes(x.rows, columns, lanes, reinterpret_cast<int32_t*>(panel),
+               [&](int64_t row, int64_t column, int count) {
+                 const auto* at = data + row * x.stride + column;
+                 return as_i32(count == kLanes ? load(at) : load_first(at, count));
+               });
+  });
 }
 
 // Writes sums[output][T] of a chunk: squares of kLanes outputs x kLanes rows are transposed, so

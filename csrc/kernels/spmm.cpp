@@ -109,14 +109,10 @@ void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Dest
   by_dtype(x.dtype, [&](auto type) {
     const auto* data = static_cast<const decltype(type)*>(x.x);
     for (int64_t r = 0; r < x.rows; ++r) ill[r] = illness(data + r * x.stride, k);
-    if (x.rows == 1) return widen_row(data, k, panel);
-    pack_lanes(x.rows, k, lanes, reinterpret_cast<int32_t*>(panel),
-               [&](int64_t row, int64_t column, int count) {
-                 const auto* at = data + row * x.stride + column;
-                 return as_i32(count == kLanes ? load(at) : load_first(at, count));
-               });
+    if (x.rows == 1) widen_row(data, k, panel);
   });
   if (x.rows == 1) return chunks_of_row(w, chunks, to, ill[0], panel, panel + k);
+  pack_floats(x, k, lanes, panel);
   by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::value>(x, w, chunks, to, ill, panel); });
 }
 

@@ -15,6 +15,7 @@ GemmW8 gemm_w8;
 GemmInt4 gemm_int4;
 Spmm spmm;
 SpmmInt8 spmm_int8;
+Sddmm sddmm;
 Im2col im2col;
 Ceilings ceilings;
 
@@ -26,6 +27,7 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          gemm_int4,
                          spmm,
                          spmm_int8,
+                         sddmm,
                          im2col,
                          ceilings};
 

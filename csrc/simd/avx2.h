@@ -202,6 +202,12 @@ static inline I4 dot(I4 sum, I4 x, I4 w) {
 #endif
 }
 
+// Pairs of lanes, of pairs, and of halves.
+static inline F4 reduce_quad(F32 a, F32 b, F32 c, F32 d) {
+  const __m256 quads = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+  return {_mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1))};
+}
+
 // int4: the table is looked up by each byte's low half, in 16 bytes at a time.
 template <int kNibble>
 static inline I32 decode(I32 a) {

@@ -170,6 +170,17 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
 
 static inline I4 dot(I4 sum, I4 x, I4 w) { return {_mm_dpbusd_epi32(sum.v, x.v, w.v)}; }
 
+// Pairs of lanes, of pairs, then halves and quarters.
+static inline F4 reduce_quad(F32 a, F32 b, F32 c, F32 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 quads =
+      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(quads), 1));
+  const __m256 pair = _mm256_add_ps(_mm512_castps512_ps256(quads), upper);
+  return {_mm_add_ps(_mm256_castps256_ps128(pair), _mm256_extractf128_ps(pair, 1))};
+}
+
 // int4: the table is looked up by each byte's low half, in 16 bytes at a time.
 template <int kNibble>
 static inline I32 decode(I32 a) {

@@ -298,6 +298,15 @@ static inline I4 dot(I4 sum, I4 x, I4 w) {
   return sum;
 }
 
+static inline F4 add(F4 a, F4 b) {
+  for (int i = 0; i < 4; ++i) a.v[i] += b.v[i];
+  return a;
+}
+// The sums of the lanes of a, b, c and d, each as reduce_add.
+static inline F4 reduce_quad(F32 a, F32 b, F32 c, F32 d) {
+  return {{reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)}};
+}
+
 // The int4 weights behind the low (0) or high (1) nibble of each byte. They are small enough for
 // dot() whatever their order.
 template <int kNibble>

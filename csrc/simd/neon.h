@@ -186,6 +186,9 @@ template <int kCount>
 static inline I4 pick_quad(const void* x, const uint8_t* at) {
   return as_i32(pick_quad<kCount>(static_cast<const float*>(x), at));
 }
+static inline F4 reduce_quad(F32 a, F32 b, F32 c, F32 d) {
+  return {vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v))};
+}
 static inline I4 dot(I4 sum, I4 x, I4 w) { return dot(sum, x, w, set(0), set(0)); }
 
 }  // namespace neon

@@ -44,6 +44,7 @@ static inline I4 pick_quad(const void* x, const uint8_t* at) {
   return {_mm_castps_si128(pick_quad<kCount>(static_cast<const float*>(x), at).v)};
 }
 static inline F4 muladd(F4 a, F4 b, F4 c) { return {_mm_fmadd_ps(a.v, b.v, c.v)}; }
+static inline F4 add(F4 a, F4 b) { return {_mm_add_ps(a.v, b.v)}; }
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

@@ -181,13 +181,12 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
       });
 }
 
-// The four tensors of an index follow each other: values, columns, rows, cells.
+// The three tensors of an index follow each other: columns, rows, cells.
 struct Index {
-  Tensor values, columns, rows, cells;
+  Tensor columns, rows, cells;
 
-  Index(Arguments& arguments, int32_t values_dtype, int64_t each)
-      : values(arguments.weight("values", values_dtype, -1)),
-        columns(arguments.weight("columns", aoti_torch_dtype_uint8(), values.numel() / each)),
+  Index(Arguments& arguments, int64_t entries)
+      : columns(arguments.weight("columns", aoti_torch_dtype_uint8(), entries)),
         rows(arguments.weight("rows", aoti_torch_dtype_uint16(), -1)),
         cells(arguments.weight("cells", aoti_torch_dtype_int32(), -1)) {}
 
@@ -212,11 +211,12 @@ struct Index {
 void spmm(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack, "TTTTTIOIIP");
   const Tensor x = arguments.tensor();
-  const Index index(arguments, aoti_torch_dtype_float32(), 1);
+  const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
+  const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
   stack[0] = product(
       x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(index.values.data)};
+        const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
       });
 }
@@ -225,17 +225,32 @@ void spmm(StableIValue* stack, uint64_t, uint64_t) {
 void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack, "TTTTTTTOIIP");
   const Tensor x = arguments.tensor();
-  const Index index(arguments, aoti_torch_dtype_int8(), 4);
+  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
+  const Index index(arguments, values.numel() / 4);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
   stack[0] = product(
       x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse_int8 w{
-            index.view(n, k, 4), static_cast<const int8_t*>(index.values.data),
-            static_cast<const float*>(scale.data), static_cast<const int32_t*>(wsum.data)};
+        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
+                                     static_cast<const float*>(scale.data),
+                                     static_cast<const int32_t*>(wsum.data)};
         return gossamer_spmm_int8(&input, &w, &y, parallel_for);
       });
+}
+
+// (x, dy, columns, rows, cells, n, k, conv) -> dw
+void sddmm(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TTTTTIIP");
+  const Tensor x = arguments.tensor(), dy = arguments.tensor();
+  const Index index(arguments, -1);
+  const int64_t n = arguments.integer(), k = arguments.integer();
+  const Input left(x, k, arguments.optional_integers()), right(dy, n, {});
+  const gossamer_index w = index.view(n, k, 1);
+  Tensor dw = Tensor::empty({w.entries}, {1}, aoti_torch_dtype_float32());
+  require_gossamer(
+      gossamer_sddmm(&left.view, &right.view, &w, static_cast<float*>(dw.data), parallel_for));
+  stack[0] = dw.release();
 }
 
 // (x) -> (q, scale, zero)
@@ -286,7 +301,7 @@ struct Operator {
 };
 
 #define PRODUCT_TAIL "Tensor? bias, int k, int activation, int[]? conv) -> Tensor"
-#define INDEX "Tensor x, Tensor values, Tensor columns, Tensor rows, Tensor cells, "
+#define INDEX "Tensor columns, Tensor rows, Tensor cells, "
 const Operator kOperators[] = {
     {"quantize_rows", "quantize_rows(Tensor x) -> (Tensor, Tensor, Tensor)", quantize_rows},
     {"gemm_int8", "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " PRODUCT_TAIL,
@@ -296,8 +311,11 @@ const Operator kOperators[] = {
      "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
      "wsum, " PRODUCT_TAIL,
      gemm_int4},
-    {"spmm", "spmm(" INDEX "int n, " PRODUCT_TAIL, spmm},
-    {"spmm_int8", "spmm_int8(" INDEX "Tensor scale, Tensor wsum, " PRODUCT_TAIL, spmm_int8},
+    {"spmm", "spmm(Tensor x, Tensor values, " INDEX "int n, " PRODUCT_TAIL, spmm},
+    {"spmm_int8",
+     "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " PRODUCT_TAIL,
+     spmm_int8},
+    {"sddmm", "sddmm(Tensor x, Tensor dy, " INDEX "int n, int k, int[]? conv) -> Tensor", sddmm},
     {"im2col", "im2col(Tensor x, int[] conv) -> Tensor", im2col},
 };
 

@@ -12,26 +12,32 @@ from gossamer._C import isa, version
 from gossamer.checkpoint import load_, save
 from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
-from gossamer.distill import KD, Distiller, SquareHead
+from gossamer.distill import Distiller
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
+from gossamer.hints import Hint, Relation, SquareHead
 from gossamer.layers import Conv2d, Linear
+from gossamer.losses import DIST, KD, Cosine
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
 from gossamer.report import Report
 
 __version__ = version()
 
 __all__ = [
+    "DIST",
     "KD",
     "Comparison",
     "Conv2d",
+    "Cosine",
     "Cubic",
     "Distiller",
     "Format",
+    "Hint",
     "Int4",
     "Int8",
     "Linear",
     "OneShot",
     "Pruner",
+    "Relation",
     "Report",
     "Sparse",
     "SparseInt8",

@@ -49,7 +49,8 @@ def compress_(
     """Swaps the nn.Linear and nn.Conv2d layers of `model` for packed ones, in place.
 
     Modules of exactly these two types are swapped; what is left alone has a row with the reason.
-    Packed layers are for inference: no gradient flows through them and they hold no Parameter.
+    Packed layers are for inference: no gradient flows through them and they hold no Parameter, but
+    for `Sparse(trainable=True)`, whose layers may be compressed again after training.
     All weights are packed before the first layer is swapped, so an error leaves the model as it
     was. A weight that two layers share stays shared, as does a layer that has two names.
     An nn.TransformerEncoderLayer whose layers were swapped no longer takes torch's fused path,
@@ -161,7 +162,7 @@ def _why_not(module: nn.Module) -> str:
     """Why this module is left alone, or ""."""
     kind = type(module).__name__
     if isinstance(module, Layer):
-        return f"already {format_name(module.packed.format)}"
+        return "" if module.packed.trainable else f"already {format_name(module.packed.format)}"
     if any(is_lazy(parameter) for parameter in module.parameters()):
         return "has no weight yet: run the model once first"
     if parametrize.is_parametrized(module):
@@ -192,6 +193,9 @@ def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None])
                 candidate.format = format
                 candidate.reason = "" if format else f"left alone by pattern {pattern!r}"
                 break
+        runs = candidate.module
+        if isinstance(runs, Layer) and candidate.format == runs.packed.format:
+            candidate.format, candidate.reason = None, f"already {format_name(runs.packed.format)}"
 
 
 def _pack(candidates: Iterable[_Candidate]) -> None:
@@ -201,11 +205,16 @@ def _pack(candidates: Iterable[_Candidate]) -> None:
         if candidate.format is None:
             continue
         module: Any = candidate.module
-        key = (id(module.weight), candidate.format)
+        weight = _weight(module)
+        key = (id(weight), candidate.format)
         try:
-            if module.weight.is_meta:
+            if weight.is_meta:
                 raise ValueError("its weight is on meta and has no values: load the weights first")
-            layer = LAYERS[type(module)].from_dense(module, candidate.format, shared.get(key))
+            activation = module.activation if isinstance(module, Layer) else "none"
+            dense: Any = module.to_dense() if isinstance(module, Layer) else module
+            layer = LAYERS[type(dense)].from_dense(
+                dense, candidate.format, shared.get(key), activation
+            )
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {candidate.name!r}: {error}") from error
         shared[key] = layer.packed
@@ -281,7 +290,7 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
         if candidate.layer is not None:
             before = [tensor for tensor in before if id(tensor) not in staying]
             after = _tensors(candidate.layer)
-            tied = staying.get(id(candidate.module.weight))
+            tied = staying.get(id(_weight(candidate.module)))
             other = first.setdefault(candidate.layer.packed, candidate.name)
             if tied:
                 notes.append(f"tied to {tied!r}, which stays dense: no memory is saved")
@@ -316,6 +325,12 @@ def _row(candidate: _Candidate, note: str) -> Row:
         kernel=runs.packed.kernel if packed else "",
         note=note,
     )
+
+
+def _weight(module: Any) -> Tensor:
+    """The Parameter that layers which share a weight share."""
+    owner, name = (module.packed, "values") if isinstance(module, Layer) else (module, "weight")
+    return getattr(owner, name)
 
 
 def _kind(module: nn.Module) -> str:

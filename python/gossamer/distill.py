@@ -1,13 +1,12 @@
-"""Distillation: a student learns from a teacher's logits and features, and neither is changed."""
+"""Distillation: a student learns from its teachers' outputs and features, and none is changed."""
 
 from __future__ import annotations
 
 import copy
-import math
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,225 +14,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .patterns import select
+from .hints import SquareHead as SquareHead
+from .losses import KD as KD
+from .losses import Loss as Loss
+from .losses import Run as Run
+from .losses import require_factor
+from .teacher_cache import TeacherCache
 
 if TYPE_CHECKING:
     from .formats import Format
     from .report import Report
 
 
-@dataclass
-class Run:
-    """What one forward pass left behind, as a loss sees it.
-
-    Attributes:
-        who: `"student"` or `"teacher"`, for error messages.
-        output: what the model returned.
-        features: name of a layer -> its output; None for a layer that did not run.
-    """
-
-    who: str
-    output: Any
-    features: dict[str, Tensor | None]
-
-    @property
-    def logits(self) -> Tensor:
-        """The output, or its `.logits` or `["logits"]`: (..., classes).
-
-        Raises:
-            TypeError: the output has no logits.
-        """
-        output = self.output
-        if isinstance(output, Mapping):
-            output = output.get("logits")
-        elif not isinstance(output, Tensor):
-            output = getattr(output, "logits", None)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the {self.who} returned a {type(self.output).__name__} without logits: "
-                "it must return a tensor, an object with .logits or a dict with 'logits'"
-            )
-        return output
-
-    def feature(self, name: str) -> Tensor:
-        """The output of layer `name`; of its last run, if it ran several times.
-
-        Raises:
-            ValueError: the layer did not run.
-        """
-        feature = self.features[name]
-        if feature is None:
-            raise ValueError(
-                f"layer {name!r} of the {self.who} did not run in this forward pass: "
-                "match the layer that calls it instead"
-            )
-        return feature
-
-
-def _require_factor(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value} must be finite and not negative")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A term of the distillation loss; a subclass says what it compares in `__call__`.
-
-    Args:
-        weight: factor in the sum of the losses, >= 0.
-
-    Raises:
-        ValueError: the weight is negative or not finite.
-
-    Example: match the logits themselves (Ba & Caruana 2014).
-        >>> import torch, gossamer as gs
-        >>> from gossamer.distill import Loss, Run
-        >>> class Logits(Loss):
-        ...     def __call__(self, student: Run, teacher: Run) -> torch.Tensor:
-        ...         return (student.logits - teacher.logits).square().mean()
-        >>> teacher, student = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
-        >>> loss = gs.Distiller(student, teacher, losses=[Logits(weight=0.5)])(torch.ones(1, 4))
-        >>> loss.requires_grad
-        True
-    """
-
-    weight: float = field(default=1.0, kw_only=True)
-
-    def __post_init__(self) -> None:
-        _require_factor("weight", self.weight)
-
-    def layers(self, names: Sequence[str]) -> dict[str, str]:
-        """The layers whose features the loss compares, student's name -> teacher's name.
-
-        Args:
-            names: the student's layers, in its order.
-        """
-        return {}
-
-    def __call__(self, student: Run, teacher: Run) -> Tensor:
-        """The loss, a scalar, before `weight`."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class KD(Loss):
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over rows.
-
-    T^2 keeps the gradient's size independent of the temperature. Every leading dimension of the
-    logits counts as rows; the classes are the last.
-
-    Source: Hinton, Vinyals & Dean 2015, arXiv 1503.02531.
-
-    Args:
-        temperature: T > 0; more than 1 shows the student how the teacher ranks the wrong classes.
-
-    Raises:
-        ValueError: T is not positive and finite; in a call, the shapes of the logits differ.
-
-    Example:
-        >>> import torch, gossamer as gs
-        >>> from gossamer.distill import Run
-        >>> student = Run("student", torch.tensor([[0.0, 0.0]]), {})
-        >>> teacher = Run("teacher", torch.tensor([[2.0, 0.0]]), {})
-        >>> round(gs.KD(temperature=2.0)(student, teacher).item(), 4)
-        0.4438
-    """
-
-    temperature: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature} must be positive and finite, as 2.0")
-
-    def __call__(self, student: Run, teacher: Run) -> Tensor:
-        ours, theirs = student.logits, teacher.logits
-        if ours.shape != theirs.shape:
-            raise ValueError(
-                f"the student's logits are {tuple(ours.shape)}, the teacher's "
-                f"{tuple(theirs.shape)}: both need the same classes in the same order"
-            )
-        log_student = F.log_softmax(_rows(ours) / self.temperature, dim=-1)
-        teacher_share = F.softmax(_rows(theirs) / self.temperature, dim=-1)
-        divergence = F.kl_div(log_student, teacher_share, reduction="batchmean")
-        return self.temperature**2 * divergence
-
-
-@dataclass(frozen=True)
-class SquareHead(Loss):
-    """MSE(student, teacher) / (MSE(0, teacher) + eps) of each matched layer, the mean over layers.
-
-    The division makes layers of any scale count alike. Matching features keeps training stable at
-    high sparsity, where the logits alone say too little.
-
-    Source: Kurtic et al. 2023, arXiv 2310.06927.
-
-    Args:
-        match: a pattern of names (`gossamer.patterns`) that stand for the same layers in both
-            models, where of nested matches only the outermost counts, so that `"layers.*"` is each
-            layer and not its parts; or a dict, student's name -> teacher's name. A layer returns a
-            tensor, or a tuple that starts with one.
-        eps: keeps a layer finite whose teacher is all zeros.
-
-    Raises:
-        ValueError: the pattern matches nothing or a name is missing, when the Distiller is made; in
-            a call, a layer did not run or its features differ in shape.
-
-    Example:
-        >>> import copy, torch, gossamer as gs
-        >>> teacher = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-        >>> distiller = gs.Distiller(copy.deepcopy(teacher), teacher, losses=[gs.SquareHead("0")])
-        >>> distiller(torch.ones(3, 4)).item()
-        0.0
-    """
-
-    match: str | Mapping[str, str]
-    eps: float = 1e-8
-
-    def layers(self, names: Sequence[str]) -> dict[str, str]:
-        if isinstance(self.match, Mapping):
-            if missing := [name for name in self.match if name not in names]:
-                raise ValueError(f"the student has no layer {missing[0]!r}")
-            return dict(self.match)
-        found = select(names, self.match)
-        return {name: name for name in found if not any(name.startswith(f"{x}.") for x in found)}
-
-    def __call__(self, student: Run, teacher: Run) -> Tensor:
-        ratios = []
-        for ours, theirs in self.layers(list(student.features)).items():
-            mine, target = _wide(student.feature(ours)), _wide(teacher.feature(theirs))
-            if mine.shape != target.shape:
-                raise ValueError(
-                    f"layer {ours!r}: the student's features are {tuple(mine.shape)}, the "
-                    f"teacher's ({theirs!r}) {tuple(target.shape)}: match layers of equal shape"
-                )
-            ratios.append(F.mse_loss(mine, target) / (target.square().mean() + self.eps))
-        return torch.stack(ratios).mean()
-
-
 class Distiller:
-    """sum_i weight_i * loss_i(student, teacher) + hard * cross_entropy(student, labels).
+    """sum_i weight_i * loss_i(student, teachers) + hard * cross_entropy(student, labels).
 
     A plain object: the student's class, state_dict, mode and optimizer are left alone, and the
-    hooks that read features live inside a call only. The teacher runs first, in eval mode and
+    hooks that read features live inside a call only. The teachers run first, in eval mode and
     without gradients.
+
+    On several processes (the student in DistributedDataParallel) each computes the loss of its own
+    part of the batch, and gradients are averaged, those of `parameters()` too: the step is that of
+    one process which accumulates the parts, and so is the loss. KD, Cosine and cross-entropy are
+    means over rows, for which that equals the loss of the whole batch if the parts have equally
+    many rows.
 
     Args:
         student: the model in training; may be wrapped in DistributedDataParallel.
-        teacher: another model with the same inputs. Switched to eval mode, otherwise unchanged.
-        losses: at least one of KD, SquareHead or your own `gossamer.distill.Loss`.
+        teacher: another model with the same inputs, or several in a list. Switched to eval mode,
+            otherwise unchanged.
+        losses: at least one of KD, DIST, Cosine, SquareHead, Hint, Relation or your own
+            `gossamer.losses.Loss`.
         hard: weight of the cross-entropy to the labels, >= 0; used when a call has labels.
-        teacher_format: run a copy of the teacher packed by `gossamer.compress_` in this format (or
-            these formats by pattern); the given teacher stays as it is.
+        teacher_format: run a copy of each teacher packed by `gossamer.compress_` in this format (or
+            these formats by pattern); the given teachers stay as they are.
+        teacher_weights: what each of several teachers counts, >= 0; only the proportions matter.
+            Default: all the same. KD and DIST average probabilities, other losses the losses.
+        cache: a folder, made if it is missing, that keeps the teachers' outputs on disk, so that
+            from the second epoch over fixed data on they need not run: see `TeacherCache`. Its
+            losses may read outputs only, not features.
 
     Attributes:
+        student: what a call runs; a wrapper of the same student may take its place.
+        teachers: what a call runs, packed if there is a format.
+        teacher_reports: what compress_ did to each copy; empty without a format.
         parts: the terms of the last loss, after weighting and detached: class name (and `"hard"`)
             -> scalar tensor. They sum to the loss.
-        teacher_report: what compress_ did to the copy of the teacher; None without a format.
+        cache: the `TeacherCache`, which counts its hits and misses; None without one.
 
     Raises:
-        ValueError: no losses, a negative weight, a pattern that matches no layer, a layer that the
-            teacher does not have, or a student that is its own teacher.
+        ValueError: no losses or teachers, a weight out of its range, a pattern that matches no
+            layer, a layer that a teacher does not have, a student that is its own teacher, or a
+            cache with losses that read features.
 
     Example:
         >>> import torch, gossamer as gs
@@ -247,55 +79,122 @@ class Distiller:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         losses: Sequence[Loss] = (KD(),),
         hard: float = 0.0,
         teacher_format: Format | Mapping[str, Format | None] | None = None,
+        *,
+        teacher_weights: Sequence[float] | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
+        teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
         if not losses:
             raise ValueError("losses is empty: give at least one, such as KD()")
-        if student is teacher:
+        if any(student is other for other in teachers):
             raise ValueError("the student is its own teacher: give copy.deepcopy(teacher) as one")
-        _require_factor("hard", hard)
-        self.teacher_report: Report | None = None
+        require_factor("hard", hard)
+        self._shares = _shares(teacher_weights, len(teachers))
+        self.teacher_reports: tuple[Report, ...] = ()
         if teacher_format is not None:
             from .compress import compress_
 
-            teacher = copy.deepcopy(teacher)
-            self.teacher_report = compress_(teacher, teacher_format)
-        self.student, self.teacher = student, teacher.eval()
+            teachers = [copy.deepcopy(other) for other in teachers]
+            self.teacher_reports = tuple(compress_(other, teacher_format) for other in teachers)
+        self.student, self.teachers = student, tuple(other.eval() for other in teachers)
         self.losses, self.hard = tuple(losses), hard
         self.parts: dict[str, Tensor] = {}
-        student_layers, teacher_layers = _layers(student), _layers(teacher)
         self._student_read: dict[str, nn.Module] = {}
-        self._teacher_read: dict[str, nn.Module] = {}
-        for loss in self.losses:
-            for ours, theirs in loss.layers(list(student_layers)).items():
-                if theirs not in teacher_layers:
-                    raise ValueError(
-                        f"the teacher has no layer {theirs!r} for the student's {ours!r}: "
-                        "name the pairs in a dict, student's name -> teacher's name"
-                    )
-                self._student_read[ours] = student_layers[ours]
-                self._teacher_read[theirs] = teacher_layers[theirs]
+        self._teachers_read: list[dict[str, nn.Module]] = [{} for _ in teachers]
+        self._match_layers()
+        self.cache = None if cache is None else self._open(cache)
+        learned = {str(i): loss.learned for i, loss in enumerate(self.losses)}
+        self._learned = nn.ModuleDict({i: m for i, m in learned.items() if m is not None})
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
 
-    def __call__(self, inputs: Any, labels: Tensor | None = None) -> Tensor:
-        """The loss of one batch: a scalar with gradients to the student only.
+    def _match_layers(self) -> None:
+        student, teachers = _layers(self.student), [_layers(model) for model in self.teachers]
+        for loss in self.losses:
+            for ours, theirs in loss.layers(list(student)).items():
+                self._student_read[ours] = student[ours]
+                for layers, read in zip(teachers, self._teachers_read, strict=True):
+                    if theirs not in layers:
+                        raise ValueError(
+                            f"the teacher has no layer {theirs!r} for the student's {ours!r}: "
+                            "name the pairs in a dict, student's name -> teacher's name"
+                        )
+                    read[theirs] = layers[theirs]
+
+    def _open(self, folder: str | os.PathLike[str]) -> TeacherCache:
+        if self._student_read:
+            raise ValueError(
+                f"the cache holds outputs only, but the losses read the features of "
+                f"{', '.join(self._student_read)}: leave out cache= or these losses"
+            )
+        return TeacherCache(folder, {loss.key for loss in self.losses})
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What the losses themselves learn, for the optimizer: the projections of Hint."""
+        return self._learned.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values of `parameters()`, by the place of their loss in `losses`."""
+        return self._learned.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            RuntimeError: the state is of other losses.
+        """
+        self._learned.load_state_dict(state)
+
+    def to(self, device: torch.device | str) -> Distiller:
+        """Moves the teachers and `parameters()`, in place; the student is the caller's."""
+        for module in (*self.teachers, self._learned):
+            module.to(device)
+        return self
+
+    def __call__(
+        self, inputs: Any, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of one batch: a scalar with gradients to the student (and `parameters()`) only.
 
         Args:
-            inputs: for both models: a tensor, a tuple or list (`model(*inputs)`) or a dict
+            inputs: for all models: a tensor, a tuple or list (`model(*inputs)`) or a dict
                 (`model(**inputs)`).
             labels: class indices, shaped as the logits without the classes (-100 is ignored), or
                 class probabilities, shaped as the logits.
+            mask: (batch, tokens), 1 or True for a token, 0 or False for padding, which then counts
+                in no loss. Default: `inputs["attention_mask"]`, if there is one.
 
         Raises:
-            TypeError: a model's output has no logits and a loss needs them.
-            ValueError: logits or features of the two models differ in shape.
+            TypeError: a model's output has not what a loss needs.
+            ValueError: outputs or features of the models differ in shape, or the mask is none.
+            OSError: the cache cannot be written, such as on a full disk.
         """
-        self.teacher.eval()
-        with torch.no_grad():
-            teacher = _run("teacher", self.teacher, self._teacher_read, inputs)
+        return self.run(inputs, labels, mask)[0]
+
+    def run(
+        self, inputs: Any, labels: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """The loss, as a call gives it, and what the student returned.
+
+        Example:
+            >>> import torch, gossamer as gs
+            >>> distiller = gs.Distiller(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3))
+            >>> loss, logits = distiller.run(torch.randn(8, 4))
+            >>> logits.shape
+            torch.Size([8, 3])
+        """
+        if mask is None and isinstance(inputs, Mapping):
+            mask = inputs.get("attention_mask")
+        mask = _checked_mask(mask)
+        teachers = [self._teach(index, inputs, mask) for index in range(len(self.teachers))]
         student = _run("student", self.student, self._student_read, inputs)
+        # Where no token is padding, losses need not pick rows.
+        for run in (student, *teachers):
+            run.mask = None if mask is None or mask.all() else mask
 
         terms: dict[str, Tensor] = {}
         seen: Counter[str] = Counter()
@@ -303,11 +202,36 @@ class Distiller:
             name = type(loss).__name__
             seen[name] += 1
             key = name if seen[name] == 1 else f"{name} {seen[name]}"
-            terms[key] = loss.weight * loss(student, teacher)
+            terms[key] = loss.weight * loss.ensemble(student, teachers)
         if self.hard and labels is not None:
-            terms["hard"] = self.hard * _cross_entropy(student.logits, labels)
+            terms["hard"] = self.hard * _cross_entropy(student, labels)
         self.parts = {name: term.detach() for name, term in terms.items()}
-        return torch.stack(list(terms.values())).sum()
+        return torch.stack(list(terms.values())).sum(), student.output
+
+    def _teach(self, index: int, inputs: Any, mask: Tensor | None) -> Run:
+        teacher, layers = self.teachers[index].eval(), self._teachers_read[index]
+
+        def forward() -> Run:
+            with torch.no_grad():
+                return _run("teacher", teacher, layers, inputs)
+
+        run = forward() if self.cache is None else self.cache.recall(teacher, inputs, mask, forward)
+        run.share = self._shares[index]
+        return run
+
+
+def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
+    """The weights of the teachers, with the sum 1."""
+    if not teachers:
+        raise ValueError("teacher is empty: give a model, or several in a list")
+    weights = [1.0] * teachers if weights is None else list(weights)
+    for weight in weights:
+        require_factor("teacher_weights", weight)
+    if len(weights) != teachers or not sum(weights):
+        raise ValueError(
+            f"teacher_weights={weights} for {teachers} teachers: give one each, not all zero"
+        )
+    return [weight / sum(weights) for weight in weights]
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -348,21 +272,42 @@ def _reader(who: str, name: str, features: dict[str, Tensor | None]) -> Any:
     return read
 
 
-def _wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider: squares and logarithms of bf16 are too coarse for a loss."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _average_gradient(parameter: Tensor) -> None:
+    """The mean over processes, which DistributedDataParallel takes of the student's gradients only.
+
+    Of a sum over micro-batches too: what was averaged before is equal everywhere, and stays.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        assert parameter.grad is not None
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= torch.distributed.get_world_size()
 
 
-def _rows(logits: Tensor) -> Tensor:
-    return _wide(logits).reshape(-1, logits.shape[-1])
+def _checked_mask(mask: Tensor | None) -> Tensor | None:
+    """As bool."""
+    if mask is None:
+        return None
+    # An additive mask, 0 for tokens and -inf for padding, would say the opposite.
+    if mask.ndim != 2 or not ((mask == 0) | (mask == 1)).all() or not mask.any():
+        raise ValueError(
+            f"the mask {tuple(mask.shape)} must be (batch, tokens) with 1 for a token and 0 for "
+            "padding, not all 0: give one in mask="
+        )
+    return mask.bool()
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy(student: Run, labels: Tensor) -> Tensor:
+    logits = student.logits
     if labels.shape == logits.shape:
-        return F.cross_entropy(_rows(logits), _rows(labels))
+        return F.cross_entropy(student.rows(logits), student.rows(labels))
     if labels.shape == logits.shape[:-1]:
-        return F.cross_entropy(_rows(logits), labels.reshape(-1))
+        return F.cross_entropy(student.rows(logits), _labels(student, labels))
     raise ValueError(
         f"labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}: "
         f"give class indices {tuple(logits.shape[:-1])} or probabilities {tuple(logits.shape)}"
     )
+
+
+def _labels(student: Run, labels: Tensor) -> Tensor:
+    tokens = student.mask is not None and student.mask.shape == labels.shape
+    return labels[student.mask] if tokens else labels.reshape(-1)

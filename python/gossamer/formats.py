@@ -80,7 +80,21 @@ class Sparse(Format):
     """y = x @ w^T with fp32 weights of which only the non-zeros are stored, anywhere in the matrix.
 
     Pays off from about 70 % zeros on; prune with `pattern="unstructured"`.
+
+    Args:
+        trainable: the layer learns: its non-zeros and its bias are Parameters, and forward and
+            backward run on sparse kernels. What is pruned stays pruned. Train, then `compress_`
+            again to what you serve.
+
+    Raises:
+        ValueError: `trainable` is not a bool.
     """
+
+    trainable: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.trainable) is not bool:
+            raise ValueError(f"trainable={self.trainable!r} must be True or False")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from gossamer.formats import Format
 from gossamer.packed import Packed, pack
 
 
-def _bias_buffer(bias: Tensor | None, n: int) -> Tensor | None:
+def _checked_bias(bias: Tensor | None, n: int) -> Tensor | None:
     if bias is None:
         return None
     if bias.shape != (n,):
@@ -31,7 +31,11 @@ class _Layer(nn.Module):
     def __init__(self, packed: Packed, bias: Tensor | None, activation: str) -> None:
         super().__init__()
         self.packed = packed
-        self.register_buffer("bias", _bias_buffer(bias, packed.n))
+        own = _checked_bias(bias, packed.n)
+        if packed.trainable and own is not None:
+            self.bias = nn.Parameter(own)
+        else:
+            self.register_buffer("bias", own)
         self.activation = activation
         self._activation = ops.activation_index(activation)
 
@@ -97,8 +101,11 @@ class Linear(_Layer):
                 f"x has shape {tuple(x.shape)}: its last dimension must be "
                 f"in_features={self.in_features}"
             )
-        modules, buffers = self._modules, self._buffers
-        return modules["packed"].multiply(x, buffers["bias"], self._activation, None)  # type: ignore[union-attr,operator]
+        # nn.Module finds what it holds by a slow path: two of them cost a tenth of a small call.
+        packed: Any = self._modules["packed"]
+        buffers = self._buffers
+        bias = self.bias if packed.trainable else buffers["bias"]
+        return packed.multiply(x, bias, self._activation, None)
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (out_features, in_features) float32."""
@@ -180,6 +187,7 @@ class Conv2d(_Layer):
                 f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
+        packed.bind(kernel_size[0] * kernel_size[1], in_channels)
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         sides = _padding_sides(padding, kernel_size, dilation)

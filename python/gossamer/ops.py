@@ -35,6 +35,7 @@ _gemm_w8 = torch.ops.gossamer.gemm_w8.default
 _gemm_int4 = torch.ops.gossamer.gemm_int4.default
 _spmm = torch.ops.gossamer.spmm.default
 _spmm_int8 = torch.ops.gossamer.spmm_int8.default
+_sddmm = torch.ops.gossamer.sddmm.default
 _im2col = torch.ops.gossamer.im2col.default
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -204,6 +205,30 @@ def spmm_int8(
     )
 
 
+def sddmm(
+    x: Tensor,
+    dy: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    cells: Tensor,
+    n: int,
+    k: int,
+    conv: list[int] | None = None,
+) -> Tensor:
+    """dw[entry of output o, input i] = sum over rows of dy[row, o] * x[row, i]: float32 (entries).
+
+    The gradient of a sparse weight's values: of y = x @ w^T, at the places that `spmm` stores.
+
+    Args:
+        x: as in `spmm`.
+        dy: (..., n), or with `conv` (images, n, out height, out width).
+        columns, rows, cells: the index of w, docs/formats.md, Sparse.
+        n, k: the shape of w.
+    """
+    by_row = (dy if conv is None else dy.movedim(1, -1)).reshape(-1, n)
+    return _sddmm(_prepare(x, conv), _prepare(by_row, None), columns, rows, cells, n, k, conv)
+
+
 def im2col(x: Tensor, conv: list[int]) -> Tensor:
     """The rows that a convolution multiplies: (images * out_h * out_w, taps * channels up to 4).
 
@@ -264,6 +289,11 @@ def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
 @torch.library.register_fake("gossamer::spmm_int8")
 def _(x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
+
+
+@torch.library.register_fake("gossamer::sddmm")
+def _(x, dy, columns, rows, cells, n, k, conv):
+    return x.new_empty(columns.shape, dtype=torch.float32)
 
 
 @_refuse_gradient.register_fake

@@ -122,6 +122,22 @@ def spmm_int8(
     return gemm_int8(x, q, scale, bias, activation)
 
 
+def sddmm(x: Tensor, dy: Tensor) -> Tensor:
+    """dw = dy^T @ x, the gradient of w in y = x @ w^T; a kernel gives it at w's entries only.
+
+    Args:
+        x: (rows, k) floats.
+        dy: (rows, n) floats.
+
+    Returns:
+        (n, k) float64. For the bound: `bound(sddmm(x, dy), dy.T, x.T)`.
+
+    >>> sddmm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]))
+    tensor([[3., 6.]], dtype=torch.float64)
+    """
+    return dy.double().T @ x.double()
+
+
 def im2col(x: Tensor, conv: list[int]) -> Tensor:
     """rows[pixel] = (tap row, tap column, channel up to 4) of what lies under it; 0 is outside.
 

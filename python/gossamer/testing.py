@@ -146,6 +146,10 @@ class Case:
             w = w * keep.repeat_interleave(self.block, 1)[:, :k]
         return w
 
+    def dy(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(m, n), a gradient of the product, the same in every run."""
+        return torch.randn(self.m, self.n, generator=self._generator("dy")).to(dtype)
+
     def bias(self) -> Tensor:
         """(n) float32, the same in every run."""
         return torch.randn(self.n, generator=self._generator("b"))
@@ -262,6 +266,7 @@ CASES: dict[str, list[Any]] = {
     "gemm_int4": _products(1.0, 1),
     "spmm": _products(0.1, 1),
     "spmm_int8": _products(0.2, 4),
+    "sddmm": _products(0.1, 1),
     "im2col": [
         ImageCase("pointwise", (2, 8, 5, 6), (1, 1)),
         ImageCase("three by three", (2, 8, 7, 9), (3, 3), sides=(1, 1, 1, 1)),

@@ -314,6 +314,20 @@ bool check_reductions() {
   }
   return true;
 }
+bool check_reduce_quad() {
+  for (int round = 0; round < kRounds; ++round) {
+    float x[4][kLanes], other[4], got[4];
+    for (int i = 0; i < 4; ++i) {
+      for (float& lane : x[i]) lane = base::from_bits(small_float());
+      other[i] = base::from_bits(small_float());
+    }
+    const F4 sums = reduce_quad(load(x[0]), load(x[1]), load(x[2]), load(x[3]));
+    store_quad(got, add(load_quad<4>(other), sums));
+    for (int i = 0; i < 4; ++i)
+      if (!require("reduce_quad", got[i] == other[i] + reduce_add(load(x[i])))) return false;
+  }
+  return true;
+}
 
 // Four words of one row, against base's; the weights' products fit in 16 bits, two by two.
 template <int kWords>
@@ -356,7 +370,7 @@ bool check_quads() {
 const char* broken_contract() {
   const bool right = check_floats() && check_ints() && check_dot() && check_muladd() &&
                      check_memory() && check_moves() && check_transpose() && check_reductions() &&
-                     check_quads();
+                     check_reduce_quad() && check_quads();
   return right ? nullptr : failure;
 }
 

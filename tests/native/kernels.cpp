@@ -91,6 +91,7 @@ class Run {
            [&](const FloatTile& x, const Destination& to, void* scratch) {
              table_.spmm(x, operands_.sparse(), chunks, to, scratch);
            });
+    check_gradient_kernel(table_, whole_, operands_, side_);
   }
 
  private:

@@ -164,6 +164,7 @@ int64_t check_shapes(std::mt19937& random) {
     check_products(p);
     check_quantize_rows(p);
     check_kernels(p);
+    check_gradient(p, backwards, random);
     ++checked;
   }
   return checked;
@@ -188,6 +189,7 @@ int64_t check_convolutions(std::mt19937& random) {
                       0};
       check_products(p);
       if (!planar) check_im2col(p);
+      if (!planar) check_gradient(p, backwards, random);
       ++checked;
     }
   }

@@ -9,6 +9,10 @@
 
 #include "plain.h"
 
+namespace gossamer {
+struct Kernels;
+}
+
 constexpr Arithmetic kArithmetics[] = {Arithmetic::kInt8, Arithmetic::kWeightOnly,
                                        Arithmetic::kInt4, Arithmetic::kSparse,
                                        Arithmetic::kSparseInt8};
@@ -91,5 +95,10 @@ inline void compare(const Product& p, const std::vector<Expected>& reference,
 // kernels.cpp: the kernels alone, with guarded scratch; the functions that they are made of.
 void check_kernels(const Product& product);
 void check_contracts();
+// gradient.cpp: sddmm, through the C ABI and as a kernel alone.
+void check_gradient_kernel(const gossamer::Kernels& table, const Product& product,
+                           const Operands& operands, Side side);
+void check_gradient(const Product& product, gossamer_parallel_for parallel_for,
+                    std::mt19937& random);
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);

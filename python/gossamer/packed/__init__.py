@@ -15,6 +15,7 @@ from .int4 import PackedInt4
 from .int8 import PackedInt8, PackedW8
 from .lanes import LANE_LIMIT, quantize_lanes
 from .sparse import PackedSparse, PackedSparseInt8
+from .trainable import PackedTrainableSparse
 
 __all__ = [
     "LANE_LIMIT",
@@ -24,6 +25,7 @@ __all__ = [
     "PackedInt8",
     "PackedSparse",
     "PackedSparseInt8",
+    "PackedTrainableSparse",
     "PackedW8",
     "pack",
     "packed_from_buffers",
@@ -34,9 +36,10 @@ __all__ = [
 def _packed_type(format: Format) -> type[Packed]:
     if isinstance(format, Int8):
         return PackedInt8 if format.activations == "dynamic" else PackedW8
+    if isinstance(format, Sparse):
+        return PackedTrainableSparse if format.trainable else PackedSparse
     types: dict[type[Format], type[Packed]] = {
         Int4: PackedInt4,
-        Sparse: PackedSparse,
         SparseInt8: PackedSparseInt8,
     }
     if type(format) not in types:

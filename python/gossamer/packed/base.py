@@ -26,9 +26,11 @@ class Packed(nn.Module):
         n, k: the shape of the weight.
         format: the `Format` it was packed with.
         kernel: name of the operator that multiplies it.
+        trainable: gradients flow through `multiply`, to x, to the weight and to the bias.
     """
 
     kernel: str
+    trainable = False
     BUFFERS: ClassVar[dict[str, torch.dtype]]
 
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
@@ -96,8 +98,15 @@ class Packed(nn.Module):
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
-        for name, buffer in loaded.named_buffers():
-            setattr(self, name, buffer.clone())
+        self._adopt(loaded)
+
+    def _adopt(self, loaded: Packed) -> None:
+        """Takes over what `loaded`, of the same class, n and k, holds."""
+        for name in self.BUFFERS:
+            setattr(self, name, getattr(loaded, name).clone())
+
+    def bind(self, taps: int, channels: int) -> None:
+        """Said by a convolution: the columns are (taps, channels up to 4)."""
 
     def _tensors(self) -> dict[str, Tensor]:
         # nn.Module finds a buffer by a slow path: four of them would cost a fifth of a small call.
@@ -135,8 +144,8 @@ class Packed(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(b.nbytes for b in self.buffers())
+        """Bytes of all buffers and parameters."""
+        return sum(t.nbytes for t in (*self.parameters(), *self.buffers()))
 
     @property
     def zeros(self) -> float:

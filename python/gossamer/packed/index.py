@@ -35,10 +35,16 @@ def build_index(mask: Tensor, unit: int) -> tuple[Index, Tensor]:
     Returns:
         The index, and for each true place of the mask, in row-major order, its entry (int64).
     """
-    n, width = mask.shape
+    output, column = mask.nonzero(as_tuple=True)
+    return index_of_places(output, column, len(mask), mask.shape[1], unit)
+
+
+def index_of_places(
+    output: Tensor, column: Tensor, n: int, width: int, unit: int
+) -> tuple[Index, Tensor]:
+    """`build_index` of the mask (n, width) that is true at these places, in row-major order."""
     block, chunk = _C.block_columns(unit), _C.chunk_rows(n)
     blocks, chunks = -(-width // block), -(-n // chunk)
-    output, column = mask.nonzero(as_tuple=True)
     # A row is one output in one block. Its entries follow each other in row-major order already.
     row = output * blocks + column // block
     length = torch.bincount(row, minlength=n * blocks)
