@@ -202,7 +202,9 @@ class Work:
         if not path.exists():
             figures, weights = self._run(ALL[name], seed, recipe)
             save_file(weights, self._path(name, seed, "safetensors"))
-            path.write_text(json.dumps({"recipe": asdict(recipe), **figures}))
+            # Renamed when it is whole: a row that is there is done.
+            path.with_suffix(".part").write_text(json.dumps({"recipe": asdict(recipe), **figures}))
+            path.with_suffix(".part").rename(path)
             print(f"{name}, seed {seed}: {figures}", flush=True)
         found = json.loads(path.read_text())
         if found["recipe"] != asdict(recipe):
