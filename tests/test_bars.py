@@ -51,7 +51,8 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size < 150_000
         assert f"({name})" in page
 
-    for name in ("README.md", "bench/minilm.json", "bench/demo.json", "bench/training.json"):
+    tables = ("minilm", "demo", "training", "fashion", "minilm_distil")
+    for name in ("README.md", *(f"bench/{table}.json" for table in tables)):
         shutil.copy(ROOT / name, tmp_path)
     readme = tmp_path / "README.md"
     command = (sys.executable, ROOT / "bench" / "readme.py", "--readme", readme)

@@ -279,7 +279,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_packed_models_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     gs.compress_(model, gs.Int8())
-    with pytest.raises(ValueError, match="no nn.Linear or convolution to slim"):
+    with pytest.raises(ValueError, match=r"no nn.Linear or convolution to slim"):
         gs.slim_(model, torch.randn(1, 16), 0.5)
     real = builtins.__import__
 

@@ -16,8 +16,11 @@ TEST_IMAGES = 360
 def max_pool(x: Tensor) -> Tensor:
     """The maximum of each 2x2 pixels: (b, c, h, w) -> (b, c, h / 2, w / 2).
 
-    F.max_pool2d also keeps track of where each maximum was, and takes twice the time.
+    F.max_pool2d also keeps track of where each maximum was, and takes twice the time; in training
+    that pays: with the gradient of torch.maximum a step takes 156 ms and not 74 (batch 128).
     """
+    if x.requires_grad:
+        return F.max_pool2d(x, 2)
     rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
     return torch.maximum(rows[..., ::2], rows[..., 1::2])
 

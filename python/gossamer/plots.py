@@ -1,4 +1,4 @@
-"""Pictures: of `gossamer bench --json` a roofline and bars of speed-up; of layers their curves."""
+"""Pictures of figures: a roofline, bars of speed-up, quality over sparsity and over minutes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def roofline(figures: dict[str, Any], path: Path) -> None:
         for timing in result.timings
         if timing.name in (TORCH_FP32, "fbgemm", *FORMATS)
     ]
+    threads = figures["ceilings"]["threads"]
     title = "Roofline: what each kernel reaches, and what the CPU could"
-    figure, axes = _figure(f"{title}\n{_machine(figures)}")
+    figure, axes = _figure(f"{title}\n{_machine(figures['machine'], threads)}")
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(
         0.5 * min(intensity for *_, intensity in points),
@@ -82,7 +83,8 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     results = _results(figures)
     colour = _colours(results)
     names = [name for name in colour if name != TORCH_FP32]
-    figure, axes = _figure(f"Times faster than torch fp32\n{_machine(figures)}")
+    threads = figures["ceilings"]["threads"]
+    figure, axes = _figure(f"Times faster than torch fp32\n{_machine(figures['machine'], threads)}")
     width = 0.86 / max(1, len(names))
     for index, name in enumerate(names):
         at = [
@@ -134,6 +136,36 @@ def sensitivity(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def curve(figures: dict[str, Any], path: Path) -> None:
+    """Quality of a compressed model over minutes of training, and its sparsity then.
+
+    Args:
+        figures: `machine` with its `threads`, `title`, `metric`, `curve` (dicts with `minutes`,
+            `quality` and `sparsity`) and `levels` (label -> quality), drawn as lines across.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    about, points = figures["machine"], figures["curve"]
+    figure, axes = _figure(f"{figures['title']}\n{_machine(about, about['threads'])}")
+    minutes = [point["minutes"] for point in points]
+    zeros = axes.twinx()
+    zeros.fill_between(minutes, [p["sparsity"] for p in points], color=PALE[2], alpha=0.5)
+    zeros.set(ylim=(0, 1), ylabel="share of zeros (grey)")
+    axes.set_zorder(zeros.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.plot(minutes, [p["quality"] for p in points], marker="o", color=STRONG[0])
+    for (label, level), colour in zip(figures["levels"].items(), STRONG[1:], strict=False):
+        axes.axhline(level, color=colour, linewidth=1, linestyle="--", label=f"{label} {level:.4f}")
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel(figures["metric"])
+    axes.grid(True, linewidth=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def _figure(title: str) -> tuple[Any, Any]:
     """A figure without pyplot: no window, no state that outlives it."""
     try:
@@ -148,8 +180,7 @@ def _figure(title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _machine(figures: dict[str, Any]) -> str:
-    about, threads = figures["machine"], figures["ceilings"]["threads"]
+def _machine(about: dict[str, Any], threads: int) -> str:
     what = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
     return f"{what}, torch {about['torch']}"
 

@@ -145,12 +145,19 @@ def corpus(archive: str | Path | None = None) -> list[str]:
     """
     first, second, _ = pairs("train")
     archive = archive or os.environ.get(VARIABLE)
-    more = _snippets(Path(archive)) if archive else []
+    more = snippets(Path(archive)) if archive else []
     return list(dict.fromkeys(first + second + more))
 
 
-def _snippets(archive: Path) -> list[str]:
-    """The last field of each line of the rated snippets, in the archive inside the archive."""
+def snippets(archive: Path) -> list[str]:
+    """Sentences of reviews, articles and tweets: 23,699, in the archive inside the archive.
+
+    Args:
+        archive: see `corpus`.
+
+    Raises:
+        FileNotFoundError: there is no such archive.
+    """
     texts = []
     with tarfile.open(archive) as outer:
         (name,) = (n for n in outer.getnames() if n.endswith("/hutto_ICWSM_2014.tar.gz"))

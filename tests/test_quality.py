@@ -1,0 +1,159 @@
+"""bench/fashion.py and bench/minilm_distil.py: tiny runs, on data that are made here."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import struct
+import sys
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builds import ROOT, output
+
+import gossamer as gs
+from gossamer.tasks import minilm
+
+FASHION = ROOT / "bench" / "fashion.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of bench/."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty-four random images of each part."""
+    folder = tmp_path_factory.mktemp("clothes")
+    pixels = torch.randint(0, 256, (64 * 784,), generator=torch.Generator().manual_seed(0)).tolist()
+    classes = [i % 10 for i in range(64)]
+    for part in ("train", "t10k"):
+        images = struct.pack(">HBBIII", 0, 8, 3, 64, 28, 28) + bytes(pixels)
+        labels = struct.pack(">HBBI", 0, 8, 1, 64) + bytes(classes)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return folder
+
+
+def test_every_row_of_fashion_is_trained_once_and_reported(clothes: Path, tmp_path: Path) -> None:
+    command = (sys.executable, FASHION, "--data", clothes, "--work", tmp_path / "work")
+    command += ("--folder", tmp_path, "--images", "64", "--seeds", "1")
+    first = output(*command)
+    figures = json.loads((tmp_path / "fashion.json").read_text())
+    assert figures["rows"].keys() >= {"dense", "int8", "dense, further", "90", "95", "98"}
+    page = (tmp_path / "fashion.md").read_text()
+    for row in figures["rows"].values():
+        assert row["title"] in page and all(0 <= value <= 100 for value in row["accuracy"])
+    assert [len(figures["rows"][name]["accuracy"]) for name in ("dense", "student")] == [1, 3]
+    for bar in figures["bars"]:
+        kept = bar["measured"] >= bar["limit"]
+        assert bar["passed"] == (kept if bar["sense"] == ">=" else bar["measured"] <= bar["limit"])
+    # A second call takes everything from the work folder.
+    second = output(*command)
+    assert "90, seed 0" in first and "90, seed 0" not in second
+    assert json.loads((tmp_path / "fashion.json").read_text())["rows"] == figures["rows"]
+
+
+def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_path: Path) -> None:
+    fashion = bench("fashion")
+    data = (fashion.images("train", 64, clothes), fashion.images("test", 64, clothes))
+    fashion.Work(tmp_path, data, {"epochs": 1}).figures("dense", 0)
+    with pytest.raises(SystemExit, match=r"dense-0.json is of another recipe"):
+        fashion.Work(tmp_path, data, {"epochs": 1, "rate": 1e-4}).figures("dense", 0)
+
+
+def test_the_controls_are_what_they_say(bench) -> None:
+    fashion = bench("fashion")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 64)
+    pruner = fashion.RandomPruner(model, 0.5, "1x4", gs.Cubic(steps=4))
+    masks = []
+    for _ in range(5):
+        pruner.step()
+        masks.append(pruner.masks[""].clone())
+    assert pruner.sparsity == 0.5 and bool((model.weight == 0).eq(~masks[-1]).all())
+    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(masks))
+    best = gs.Pruner(torch.nn.Linear(64, 64), 0.5, "1x4")
+    best.finish()
+    assert not torch.equal(best.masks[""], masks[-1])
+
+    x = torch.arange(32.0).view(32, 1)
+    logits = fashion.Shuffled(torch.nn.Identity())(x)
+    assert not torch.equal(logits, x) and torch.equal(logits.sort(0).values, x)
+
+
+class Words:
+    """A tokenizer: one token a word, padded with zeros."""
+
+    def encode_batch(self, sentences: list[str]) -> list[SimpleNamespace]:
+        ids = [[len(word) for word in sentence.split()] for sentence in sentences]
+        longest = max(map(len, ids))
+        return [
+            SimpleNamespace(
+                ids=own + [0] * (longest - len(own)),
+                attention_mask=[1] * len(own) + [0] * (longest - len(own)),
+            )
+            for own in ids
+        ]
+
+
+def archive(path: Path, texts: list[str]) -> Path:
+    """An archive of sentences as `gossamer.tasks.minilm.snippets` reads it."""
+
+    def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as tar:
+        lines = "\n".join(f"{i}\t0.5\t{text}" for i, text in enumerate(texts))
+        add(tar, "hutto/tweets_GroundTruth.txt", lines.encode())
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, "more/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+    return path
+
+
+def test_batches_hold_every_sentence_once_by_length(bench) -> None:
+    distil = bench("minilm_distil")
+    lengths = torch.randint(1, 40, (200,), generator=torch.Generator().manual_seed(0))
+    parts = list(distil.batches(lengths, 128))
+    assert sorted(torch.cat(parts).tolist()) == list(range(200))
+    assert all(lengths[part].sum() < 128 + 40 for part in parts)
+    widest = max(int(lengths[part].max() - lengths[part].min()) for part in parts)
+    assert widest < 20, "short sentences are not padded to long ones"
+
+
+def test_minilm_is_pruned_while_it_learns(bench, monkeypatch, tmp_path: Path) -> None:
+    distil = bench("minilm_distil")
+    torch.manual_seed(0)
+    model = minilm.MiniLM(heads=2, inner=64).eval()
+    model.words = torch.nn.Embedding(50, 384)
+    texts = [" ".join(["word" * (1 + i % 3)] * (2 + i % 5)) for i in range(24)]
+    ratings = torch.arange(24, dtype=torch.float64)
+    monkeypatch.setattr(minilm, "load", lambda: (model, Words()))
+    monkeypatch.setattr(minilm, "pairs", lambda *_: (texts, texts[::-1], ratings))
+    tar = archive(tmp_path / "sentences.tar.gz", [f"{text} {i}" for i, text in enumerate(texts)])
+    options = ["--archive", str(tar), "--folder", str(tmp_path), "--epochs", "2", "--points", "2"]
+    monkeypatch.setattr(sys, "argv", ["minilm_distil.py", *options, "--threads", "1"])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    distil.main()
+    figures = json.loads((tmp_path / "minilm_distil.json").read_text())
+    assert figures["sentences"] == 24 and figures["zeros"] == pytest.approx(0.8, abs=1e-3)
+    assert len(figures["curve"]) == 2 and figures["curve"][-1]["sparsity"] == figures["zeros"]
+    assert figures["test"].keys() == {"fp32", "pruned", "sparse int8"}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before), (
+        "the teacher"
+    )
+    page = (tmp_path / "minilm_distil.md").read_text()
+    assert "(minilm_distil.png)" in page and f"{figures['test']['sparse int8']:.4f}" in page
+    assert 5_000 < (tmp_path / "minilm_distil.png").stat().st_size < 150_000
