@@ -229,7 +229,8 @@ def _build_layer(
 def _compare(file: dict[str, Any], built: dict[str, Any], dense: nn.Module) -> None:
     """The file's geometry must be that of the layer it builds and of the dense one it replaces."""
     model = {key: getattr(dense, key, value) for key, value in built.items()}
-    model["bias"] = dense.bias is not None
+    # Bias correction gives a layer a bias that had none.
+    model["bias"] = dense.bias is not None or built["bias"]
     if file.keys() != built.keys():
         raise ValueError(f"its geometry must have {sorted(built)}, got {sorted(file)}"[:400])
     # As JSON: a tuple of the model is a list in the file, and 1 is not true.

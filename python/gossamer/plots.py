@@ -1,4 +1,4 @@
-"""Pictures of what `gossamer bench --json` wrote: a roofline, and bars of speed-up."""
+"""Pictures: of `gossamer bench --json` a roofline and bars of speed-up; of layers their curves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def roofline(figures: dict[str, Any], path: Path) -> None:
         for timing in result.timings
         if timing.name in (TORCH_FP32, "fbgemm", *FORMATS)
     ]
-    figure, axes = _figure(figures, "Roofline: what each kernel reaches, and what the CPU could")
+    title = "Roofline: what each kernel reaches, and what the CPU could"
+    figure, axes = _figure(f"{title}\n{_machine(figures)}")
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(
         0.5 * min(intensity for *_, intensity in points),
@@ -81,7 +82,7 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     results = _results(figures)
     colour = _colours(results)
     names = [name for name in colour if name != TORCH_FP32]
-    figure, axes = _figure(figures, "Times faster than torch fp32")
+    figure, axes = _figure(f"Times faster than torch fp32\n{_machine(figures)}")
     width = 0.86 / max(1, len(names))
     for index, name in enumerate(names):
         at = [
@@ -107,7 +108,33 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _figure(figures: dict[str, Any], title: str) -> tuple[Any, Any]:
+def sensitivity(figures: dict[str, Any], path: Path) -> None:
+    """Quality over sparsity, a line for each layer, and the dense model's as a dashed line.
+
+    Args:
+        figures: `dense`, `sparsities` and `layers`, as `Sensitivity.to_json` gives them.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("Quality with one layer pruned")
+    marks = ("o", "s", "^", "D", "v")
+    for index, layer in enumerate(figures["layers"]):
+        colour, mark = STRONG[index % len(STRONG)], marks[index // len(STRONG) % len(marks)]
+        label = f"{layer['name'] or '(the model)'} ({layer['weights']:,d})"
+        axes.plot(figures["sparsities"], layer["quality"], color=colour, marker=mark, label=label)
+    axes.axhline(figures["dense"], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.set_xlabel("share of the layer's weights pruned")
+    axes.set_ylabel("quality")
+    axes.grid(True, linewidth=0.3)
+    columns = 1 + len(figures["layers"]) // 32
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, ncols=columns)
+    figure.subplots_adjust(left=0.07, right=0.86 - 0.14 * columns, top=0.9, bottom=0.09)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(title: str) -> tuple[Any, Any]:
     """A figure without pyplot: no window, no state that outlives it."""
     try:
         from matplotlib.figure import Figure
@@ -115,13 +142,16 @@ def _figure(figures: dict[str, Any], title: str) -> tuple[Any, Any]:
         raise ImportError(
             "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
-    about = figures["machine"]
-    threads = figures["ceilings"]["threads"]
-    machine = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
     figure = Figure(figsize=(12, 6))
     axes = figure.add_subplot()
-    axes.set_title(f"{title}\n{machine}, torch {about['torch']}", fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     return figure, axes
+
+
+def _machine(figures: dict[str, Any]) -> str:
+    about, threads = figures["machine"], figures["ceilings"]["threads"]
+    what = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
+    return f"{what}, torch {about['torch']}"
 
 
 def _draw_ceilings(axes: Any, limits: Ceilings, low: float, high: float) -> None:
