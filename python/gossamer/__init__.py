@@ -7,6 +7,7 @@
 torch.Size([2, 10])
 """
 
+from gossamer import integrations as integrations
 from gossamer import ops as ops
 from gossamer._C import isa, version
 from gossamer.calibrate import calibrate
