@@ -103,7 +103,7 @@ ORDER = (
     ("layers",),
     ("calibrate",),
     ("compress",),
-    ("prune", "distill", "checkpoint"),
+    ("prune", "distill", "checkpoint", "qat"),
     ("compare",),
     ("loop",),
     ("train",),
@@ -304,7 +304,7 @@ PUBLIC = [
         "OneShot",
     ),
     *("Pruner", "Report", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "fit", "isa", "load_", "prune_", "save"),
+    *("compress_", "fit", "isa", "load_", "prune_", "qat_", "save"),
 ]
 
 

@@ -18,6 +18,7 @@ from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 from gossamer.layers import Conv2d, Linear
 from gossamer.loop import History
 from gossamer.prune import Cubic, OneShot, Pruner, prune_
+from gossamer.qat import qat_
 from gossamer.report import Report
 from gossamer.train import fit
 
@@ -47,5 +48,6 @@ __all__ = [
     "isa",
     "load_",
     "prune_",
+    "qat_",
     "save",
 ]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .layers import Conv2d, Linear, conv_matrix, conv_rows, conv_weight, unsupported
+from .geometry import conv_matrix, conv_rows, conv_weight
+from .layers import Conv2d, Linear, unsupported
 from .observed import Observed, observed
 from .timing import unfused
 
@@ -52,7 +53,8 @@ def calibrate(
             range whose quantization to 8 bits has the least squared error (Nagel 2021, 3.1), of
             64 x 64 ranges inside of the first.
         percentile: per cent of the values that "percentile" keeps; half of the rest is cut off on
-            either side. At 99.99 all-MiniLM-L6-v2 loses nothing on STS-B, with the other two 0.002.
+            either side. all-MiniLM-L6-v2 loses 0.0010 Spearman on STS-B at 99.99, 0.0026 with
+            "minmax" and 0.0014 with "mse".
 
     Raises:
         ValueError: an unknown observer; a percentile outside of (0, 100]; nothing to calibrate; no

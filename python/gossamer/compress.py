@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from .calibrate import correct_bias_
 from .formats import Format
 from .layers import LAYERS, Conv2d, Linear, input_range, unsupported
+from .observed import frozen
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row
@@ -25,7 +26,7 @@ Timer = Callable[[Call, Call], tuple[float, float]]
 
 
 @dataclasses.dataclass(eq=False)
-class _Candidate:
+class Candidate:
     """A module that holds a weight: all its names, and what is to become of it."""
 
     names: list[str]
@@ -38,6 +39,7 @@ class _Candidate:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
 
@@ -86,14 +88,14 @@ def compress_(
         >>> report.rows[0].after
         'Linear Int8'
     """
-    patterns = _as_patterns(formats)
+    patterns = as_patterns(formats)
     if type(model) in LAYERS:
         raise ValueError(
             f"the model itself is a {type(model).__name__}, which cannot be replaced in place: "
             f"wrap it in nn.Sequential, or use gs.{LAYERS[type(model)].__name__}.from_dense"
         )
-    candidates = _find(model)
-    _choose(candidates, patterns)
+    candidates = find(model)
+    choose(candidates, patterns)
     _pack(candidates, bias_correction)
     if example_inputs is not None:
         _time(model, candidates, example_inputs, timer)
@@ -137,7 +139,8 @@ def format_name(format: Format) -> str:
     return format.name + (f"({own})" if own else "")
 
 
-def _as_patterns(formats: object) -> dict[str, Format | None]:
+def as_patterns(formats: object) -> dict[str, Format | None]:
+    """The argument `formats` of `compress_` as a dict; TypeError for anything else."""
     patterns: dict[Any, Any] = dict(formats) if isinstance(formats, Mapping) else {"*": formats}
     for pattern, format in patterns.items():
         if not isinstance(pattern, str):
@@ -151,14 +154,14 @@ def _as_patterns(formats: object) -> dict[str, Format | None]:
     return patterns
 
 
-def _find(model: nn.Module) -> list[_Candidate]:
+def find(model: nn.Module) -> list[Candidate]:
     """The modules that hold a weight to pack, in the model's order, each with all its names."""
-    found: dict[nn.Module, _Candidate] = {}
+    found: dict[nn.Module, Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in found:
             found[module].names.append(name)
         elif isinstance(module, nn.Linear | _ConvNd | Layer):
-            found[module] = _Candidate([name], module, reason=_why_not(module))
+            found[module] = Candidate([name], module, reason=_why_not(module))
     return list(found.values())
 
 
@@ -183,7 +186,7 @@ def _why_not(module: nn.Module) -> str:
     return unsupported(module) or ""
 
 
-def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None]) -> None:
+def choose(candidates: list[Candidate], patterns: Mapping[str, Format | None]) -> None:
     """Sets each candidate's format, or the reason why it has none."""
     names = [name for candidate in candidates for name in candidate.names]
     for pattern in patterns if names else ():
@@ -199,7 +202,7 @@ def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None])
                 break
 
 
-def _pack(candidates: Iterable[_Candidate], bias_correction: bool) -> None:
+def _pack(candidates: Iterable[Candidate], bias_correction: bool) -> None:
     """Builds each chosen candidate's layer; a weight that several share is packed once."""
     shared: dict[tuple[int, Format], Packed] = {}
     for candidate in candidates:
@@ -218,13 +221,12 @@ def _pack(candidates: Iterable[_Candidate], bias_correction: bool) -> None:
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {candidate.name!r}: {error}") from error
         shared[key] = layer.packed
-        candidate.corrected = bias_correction and correct_bias_(layer, module)
+        if bias_correction and frozen(module) is None:  # else the bias was trained with the weight
+            candidate.corrected = correct_bias_(layer, module)
         candidate.layer = layer
 
 
-def _time(
-    model: nn.Module, candidates: list[_Candidate], example_inputs: Any, timer: Timer
-) -> None:
+def _time(model: nn.Module, candidates: list[Candidate], example_inputs: Any, timer: Timer) -> None:
     """Times each candidate where it stands in one forward, and drops the layers that lose.
 
     The clock runs inside the hook, on the live input: no input is kept, whatever the model's size.
@@ -241,7 +243,7 @@ def _time(
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[int, list[_Candidate]] = {}
+    groups: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         if candidate.layer is not None:
             groups.setdefault(_weight_id(candidate.layer), []).append(candidate)
@@ -254,7 +256,7 @@ def _time(
                 candidate.reason = f"kept: dense is faster ({dense:.3g} ms vs {packed:.3g} ms)"
 
 
-def _stopwatch(candidate: _Candidate, timer: Timer) -> Callable[..., None]:
+def _stopwatch(candidate: Candidate, timer: Timer) -> Callable[..., None]:
     """A hook that times dense against packed; a layer called n times costs the sum of its calls."""
     dense, packed = candidate.module, candidate.layer
     assert packed is not None
@@ -272,7 +274,7 @@ def _stopwatch(candidate: _Candidate, timer: Timer) -> Callable[..., None]:
     return hook
 
 
-def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[Row]:
+def _rows(model: nn.Module, candidates: list[Candidate], timed: bool) -> list[Row]:
     """Rows of the Report, made before the swap."""
     swapped = {candidate.module for candidate in candidates if candidate.layer is not None}
     staying: dict[int, str] = {}
@@ -300,7 +302,7 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
                 notes.append("not reached by example_inputs: not timed")
         if len(candidate.names) > 1:
             notes.append("also at " + ", ".join(map(repr, candidate.names[1:])))
-        row = _row(candidate, "; ".join(filter(None, notes)))
+        row = row_of(candidate, "; ".join(filter(None, notes)))
         row.bytes_before = _bytes(before, counted)
         row.bytes_after = None if after is None else _bytes(after, counted)
         rows.append(row)
@@ -312,7 +314,7 @@ def _weight_id(layer: Layer) -> int:
     return id(next(layer.packed.buffers()))
 
 
-def _row(candidate: _Candidate, note: str) -> Row:
+def row_of(candidate: Candidate, note: str) -> Row:
     """The row of one layer, but for its bytes."""
     runs: Any = candidate.layer or candidate.module
     packed = isinstance(runs, Layer)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.formats import Format
-from gossamer.observed import observed
+from gossamer.geometry import PAD_MODES, conv_geometry, conv_matrix, conv_weight, pad_outside, pair
+from gossamer.observed import frozen, observed
 from gossamer.packed import Packed, pack
 
 
@@ -17,8 +18,13 @@ def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None
     """The range of a dense layer's input, where the format quantizes by one; else None.
 
     Raises:
-        ValueError: the layer was not calibrated.
+        ValueError: the layer was not calibrated, or trains for another format.
     """
+    trained = frozen(module)
+    if trained is not None:
+        if trained.format != format:
+            raise ValueError(f"it trains for {trained.format} and cannot become {format}")
+        return trained.x_range
     if getattr(format, "activations", "") != "static":
         return None
     seen = observed(module)
@@ -28,6 +34,19 @@ def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None
             "`with gs.calibrate(model): model(x)` first, or give it another format"
         )
     return seen.low, seen.high
+
+
+def pack_dense(module: nn.Module, format: Format) -> Packed:
+    """The packed weight of a dense layer; of one that `qat_` prepared, with its frozen scales.
+
+    Raises:
+        ValueError: as `input_range` and `pack`.
+    """
+    weight: Any = module.weight
+    matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight
+    trained = frozen(module)
+    scale = None if trained is None else trained.scale
+    return pack(matrix, format, input_range(module, format), scale)
 
 
 def _bias_buffer(bias: Tensor | None, n: int) -> Tensor | None:
@@ -101,7 +120,7 @@ class Linear(_Layer):
         Raises:
             ValueError: if `packed` has another shape than the layer's weight, or as `pack`.
         """
-        packed = packed or pack(module.weight, format, input_range(module, format))
+        packed = packed or pack_dense(module, format)
         if (packed.n, packed.k) != (module.out_features, module.in_features):
             raise ValueError(
                 f"the packed weight is {packed.n} x {packed.k}, this layer needs "
@@ -193,14 +212,14 @@ class Conv2d(_Layer):
                 f"the packed weight is {packed.n} x {packed.k}, this convolution needs "
                 f"{out_channels} x {columns}"
             )
-        if padding_mode not in _PAD_MODES:
+        if padding_mode not in PAD_MODES:
             raise ValueError(
-                f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}"
+                f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(PAD_MODES)}"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
-        self._outside, self._conv = _geometry(self)
+        self._outside, self._conv = conv_geometry(self)
 
     @classmethod
     def from_dense(
@@ -218,17 +237,17 @@ class Conv2d(_Layer):
         reason = unsupported(module)
         if reason:
             raise ValueError(reason)
-        packed = packed or pack(conv_matrix(module.weight), format, input_range(module, format))
-        padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
+        packed = packed or pack_dense(module, format)
+        padding = module.padding if isinstance(module.padding, str) else pair(module.padding)
         return cls(
             packed,
             module.bias,
             module.in_channels,
             module.out_channels,
-            _pair(module.kernel_size),
-            _pair(module.stride),
+            pair(module.kernel_size),
+            pair(module.stride),
             padding,
-            _pair(module.dilation),
+            pair(module.dilation),
             module.padding_mode,
             activation,
         )
@@ -241,7 +260,7 @@ class Conv2d(_Layer):
             )
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
-        batched = _pad(batched, self._outside, self.padding_mode)
+        batched = pad_outside(batched, self._outside, self.padding_mode)
         self._check_size(batched)
         y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
         return y if x.dim() == 4 else y.squeeze(0)
@@ -294,75 +313,6 @@ class Conv2d(_Layer):
         return ", ".join(
             f"{name}={value}" for name, value in self.geometry().items() if name != "kind"
         )
-
-
-_PAD_MODES = {
-    "zeros": "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
-}
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _padding_sides(
-    padding: tuple[int, int] | str, kernel: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """top, bottom, left, right."""
-    if padding == "valid":
-        return (0, 0, 0, 0)
-    if padding == "same":
-        # As torch: the odd one goes to the end.
-        (top, bottom), (left, right) = (
-            ((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2)
-            for k, d in zip(kernel, dilation, strict=True)
-        )
-        return (top, bottom, left, right)
-    if isinstance(padding, str):
-        raise ValueError(f"padding={padding!r} is unknown: use numbers, 'same' or 'valid'")
-    return (padding[0], padding[0], padding[1], padding[1])
-
-
-def _geometry(conv: nn.Conv2d | Conv2d) -> tuple[list[int] | None, list[int]]:
-    """What F.pad adds outside of the kernel (None: nothing), and the ten integers for the ops."""
-    kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
-    padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
-    sides = _padding_sides(padding, kernel, dilation)
-    numbers = [*kernel, *_pair(conv.stride), *dilation]
-    if conv.padding_mode == "zeros":
-        return None, [*numbers, *sides]
-    # F.pad takes the last dimension first.
-    return [*sides[2:], *sides[:2]], [*numbers, 0, 0, 0, 0]
-
-
-def _pad(x: Tensor, outside: list[int] | None, padding_mode: str) -> Tensor:
-    return x if outside is None else nn.functional.pad(x, outside, mode=_PAD_MODES[padding_mode])
-
-
-def conv_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The rows that `conv` multiplies `conv_matrix` of its weight with, one an output pixel.
-
-    >>> conv_rows(nn.Conv2d(3, 5, 2), torch.zeros(1, 3, 4, 4)).shape
-    torch.Size([9, 16])
-    """
-    outside, numbers = _geometry(conv)
-    batched = x if x.dim() == 4 else x.unsqueeze(0)
-    return ops.im2col(_pad(batched, outside, conv.padding_mode), [*numbers, 1])
-
-
-def conv_matrix(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
-    taps = weight.detach().permute(0, 2, 3, 1)
-    return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
-
-
-def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `conv_matrix`: a weight of the shape (out, in, kh, kw)."""
-    taps = matrix.reshape(shape[0], *shape[2:], -1)
-    return taps[..., : shape[1]].permute(0, 3, 1, 2).contiguous()
 
 
 LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

@@ -1,4 +1,4 @@
-"""What calibration leaves on a module: statistics of its input."""
+"""What calibration and quantization-aware training leave on a module, as plain attributes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from .formats import Format
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,27 @@ class Observed:
     low: float
     high: float
     hessian: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """What quantization-aware training fixes of a layer when it begins.
+
+    Attributes:
+        format: what the layer will be packed to.
+        scale: (n) float32, of each output's integers.
+        x_range: the range of its input, of static activations; else None.
+    """
+
+    format: Format
+    scale: Tensor
+    x_range: tuple[float, float] | None
+
+
+def frozen(module: nn.Module) -> Frozen | None:
+    """What `qat_` fixed of this module, or None."""
+    found: Any = getattr(module, "_gossamer_frozen", None)
+    return found if isinstance(found, Frozen) else None
 
 
 def observed(module: nn.Module) -> Observed | None:

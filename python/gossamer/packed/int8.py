@@ -32,7 +32,8 @@ class _Int8Panels(Packed):
         lanes, scale = quantize_lanes(lanes_of(padded), outputs, n, scale)
         q = unlanes(lanes, n, padded.shape[1])
         whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
-        panels = whole.reshape(-1, PANEL, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        words = whole.view(torch.int32).view(-1, PANEL, padded.shape[1] // 4)
+        panels = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
         buffers = {"panels": panels, "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
         return cls(n, k, format, {name: buffers[name] for name in cls.BUFFERS})
 
@@ -74,8 +75,10 @@ class PackedInt8(_Int8Panels):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        weight = (b["panels"], b["scale"], b["wsum"])
-        return ops.gemm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
+        affine = b.get("x_affine")
+        return ops.gemm_int8(
+            x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
+        )
 
 
 class PackedW8(_Int8Panels):

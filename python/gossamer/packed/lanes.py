@@ -61,8 +61,8 @@ def _cut_off(exact: Tensor) -> Tensor:
     """Lanes whose weights of either sign sum to LANE_LIMIT at most, and no more than 127 each."""
     exact = exact.clamp(-127, 127)
     positive, negative = exact.clamp(min=0), exact.clamp(max=0)
-    up = (LANE_LIMIT / positive.sum(1, keepdim=True)).clamp(max=1)
-    down = (LANE_LIMIT / negative.sum(1, keepdim=True).neg()).clamp(max=1)
+    up = LANE_LIMIT / positive.sum(1, keepdim=True).clamp(min=LANE_LIMIT)
+    down = LANE_LIMIT / negative.sum(1, keepdim=True).neg().clamp(min=LANE_LIMIT)
     return positive * up + negative * down
 
 
@@ -96,9 +96,19 @@ def check_wsum(wsum: Tensor, q: Tensor) -> None:
 
 def lanes_of(q: Tensor) -> Tensor:
     """(n, k) with k a multiple of 8 -> (n * k / 4, 4): inputs 0 1 4 5 and 2 3 6 7 of every 8."""
-    return q.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
+    return _swap_pairs(q).view(-1, 4)
 
 
 def unlanes(lanes: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `lanes_of`: (n * k / 4, 4) -> (n, k)."""
-    return lanes.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(n, k)
+    return _swap_pairs(lanes).view(n, k)
+
+
+# Two weights as one number: half as many to move.
+_PAIR = {1: torch.int16, 4: torch.int64}
+
+
+def _swap_pairs(q: Tensor) -> Tensor:
+    """Of every 8 in a row the second pair and the third change places; rows of 8."""
+    pairs = q.reshape(-1, 8).view(_PAIR[q.element_size()])
+    return pairs.view(-1, 2, 2).transpose(1, 2).reshape(-1, 4).view(q.dtype)
