@@ -15,12 +15,14 @@ from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
 from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
+from gossamer.gptq import gptq_
 from gossamer.layers import Conv2d, Linear
 from gossamer.prune import Pruner, prune_
 from gossamer.report import Report
 from gossamer.schedules import Cubic, OneShot, Polynomial
 from gossamer.sensitivity import Sensitivity, sensitivity
 from gossamer.slim import slim_
+from gossamer.smooth import smooth_
 
 __version__ = version()
 
@@ -45,10 +47,12 @@ __all__ = [
     "calibrate",
     "compare",
     "compress_",
+    "gptq_",
     "isa",
     "load_",
     "prune_",
     "save",
     "sensitivity",
     "slim_",
+    "smooth_",
 ]

@@ -82,20 +82,25 @@ def compress_(
         >>> report.rows[0].after
         'Linear Int8'
     """
-    patterns = _as_patterns(formats)
+    candidates = chosen(model, formats)
     if type(model) in LAYERS:
         raise ValueError(
             f"the model itself is a {type(model).__name__}, which cannot be replaced in place: "
             f"wrap it in nn.Sequential, or use gs.{LAYERS[type(model)].__name__}.from_dense"
         )
-    candidates = _find(model)
-    _choose(candidates, patterns)
     _pack(candidates)
     if example_inputs is not None:
         _time(model, candidates, example_inputs, timer)
     rows = _rows(model, candidates, timed=example_inputs is not None)
     swap(model, {c.module: c.layer for c in candidates if c.layer is not None})
     return Report(rows, _title(model, rows))
+
+
+def chosen(model: nn.Module, formats: Format | Mapping[str, Format | None]) -> list[_Candidate]:
+    """Every module of the model that holds a weight to pack, and the format it is to have."""
+    patterns, candidates = _as_patterns(formats), _find(model)
+    _choose(candidates, patterns)
+    return candidates
 
 
 def swap(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
@@ -290,14 +295,14 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
                 notes.append("not reached by example_inputs: not timed")
         if len(candidate.names) > 1:
             notes.append("also at " + ", ".join(map(repr, candidate.names[1:])))
-        row = _row(candidate, "; ".join(filter(None, notes)))
+        row = describe(candidate, "; ".join(filter(None, notes)))
         row.bytes_before = _bytes(before, counted)
         row.bytes_after = None if after is None else _bytes(after, counted)
         rows.append(row)
     return rows
 
 
-def _row(candidate: _Candidate, note: str) -> Row:
+def describe(candidate: _Candidate, note: str) -> Row:
     """The row of one layer, but for its bytes."""
     runs: Any = candidate.layer or candidate.module
     packed = isinstance(runs, Layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -10,6 +11,24 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 from gossamer.packed import Packed, pack
+
+
+def keep_rounded(module: nn.Module, packed: Packed) -> None:
+    """Keeps a packed weight beside a dense module whose weight equals it, for `from_dense`.
+
+    It is no part of the module's buffers and state_dict; copy.deepcopy takes it along.
+    """
+    vars(module)["_gossamer_rounded"] = packed
+
+
+def _pack(module: nn.Module, matrix: Tensor, format: Format) -> Packed:
+    """What was kept beside the module, if it still is this matrix in this format; else packs."""
+    kept = vars(module).get("_gossamer_rounded")
+    if kept is not None and kept.format == format:
+        weight = kept.unpack().to(matrix.dtype)
+        if torch.equal(weight, matrix.cpu()):
+            return copy.deepcopy(kept)
+    return pack(matrix, format)
 
 
 def _bias_buffer(bias: Tensor | None, n: int) -> Tensor | None:
@@ -83,7 +102,7 @@ class Linear(_Layer):
         Raises:
             ValueError: if `packed` has another shape than the layer's weight, or as `pack`.
         """
-        packed = packed or pack(module.weight, format)
+        packed = packed or _pack(module, module.weight.detach(), format)
         if (packed.n, packed.k) != (module.out_features, module.in_features):
             raise ValueError(
                 f"the packed weight is {packed.n} x {packed.k}, this layer needs "
@@ -200,7 +219,7 @@ class Conv2d(_Layer):
         reason = unsupported(module)
         if reason:
             raise ValueError(reason)
-        packed = packed or pack(conv_matrix(module.weight), format)
+        packed = packed or _pack(module, conv_matrix(module.weight), format)
         padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
         return cls(
             packed,

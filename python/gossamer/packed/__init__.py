@@ -46,12 +46,14 @@ def _packed_type(format: Format) -> type[Packed]:
     return types[type(format)]
 
 
-def pack(weight: Tensor, format: Format) -> Packed:
+def pack(weight: Tensor, format: Format, hessian: Tensor | None = None) -> Packed:
     """Packs a weight.
 
     Args:
         weight: (n, k) of a float dtype on the CPU, k <= 65536.
         format: what to pack it to.
+        hessian: (k, k), the mean of x x^T over inputs x. Rounds by GPTQ, so that the least of the
+            output changes, not of the weight. `Sparse`, which does not round, ignores it.
 
     Raises:
         ValueError: if the weight is not a finite (n, k) matrix on the CPU, k is too large, or the
@@ -63,7 +65,7 @@ def pack(weight: Tensor, format: Format) -> Packed:
     >>> torch.allclose(packed.unpack(), torch.eye(16))
     True
     """
-    return _packed_type(format).pack(weight, format)
+    return _packed_type(format).pack(weight, format, hessian)
 
 
 def packed_from_buffers(n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:

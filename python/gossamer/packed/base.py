@@ -38,7 +38,7 @@ class Packed(nn.Module):
             self.register_buffer(name, buffers[name])
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(cls, weight: Tensor, format: Format, hessian: Tensor | None = None) -> Packed:
         raise NotImplementedError
 
     @classmethod
@@ -155,7 +155,7 @@ def check_sizes(n: int, k: int) -> None:
         raise ValueError(f"k={k} overflows int32 (limit {MAX_K}): split the layer")
 
 
-def checked_weight(weight: Tensor) -> Tensor:
+def checked_weight(weight: Tensor, hessian: Tensor | None = None) -> Tensor:
     """A weight as float32 (n, k), or the sentence that says why it cannot be packed."""
     if weight.dim() != 2:
         raise ValueError(f"a weight must be (n, k), got shape {tuple(weight.shape)}")
@@ -168,5 +168,10 @@ def checked_weight(weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
         raise ValueError(
             "the weight holds a NaN or an Inf: it cannot be quantized or pruned soundly"
+        )
+    if hessian is not None and hessian.shape != 2 * weight.shape[1:]:
+        raise ValueError(
+            f"the Hessian is {tuple(hessian.shape)}, a weight of {weight.shape[1]} inputs needs "
+            f"({weight.shape[1]}, {weight.shape[1]})"
         )
     return weight

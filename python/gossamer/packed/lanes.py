@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.obs import inverse_factor, walk
+
 # Four weights whose products one 16-bit lane sums: 255 * 128 fits in int16, for either sign.
 LANE_LIMIT = 128
 
@@ -26,13 +28,7 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
     Returns:
         q (lanes, 4) int8, scale (n) float32.
     """
-    # Divided first: four of the largest floats would overflow.
-    share = lanes / LANE_LIMIT
-    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
-    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
-    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
-    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
-    scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
+    scale = lane_scale(lanes, outputs, n)
     exact = lanes / scale[outputs, None]
     q = exact.round().clamp_(-127, 127)
     for sign in (1, -1):
@@ -44,6 +40,45 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
             q[over] = part * sign
             over = over[_overflowing(q[over], sign)]
     return q.to(torch.int8), scale
+
+
+def lane_scale(lanes: Tensor, outputs: Tensor, n: int) -> Tensor:
+    """The scales (n) of `quantize_lanes`."""
+    # Divided first: four of the largest floats would overflow.
+    share = lanes / LANE_LIMIT
+    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
+    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
+    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
+    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
+    return torch.where(scale < 2.0**-120, torch.ones(()), scale)
+
+
+def gptq_lanes(weight: Tensor, hessian: Tensor, lane: Tensor, scale: Tensor) -> Tensor:
+    """Like `quantize_lanes`, but column by column, the next columns making up for the rounding.
+
+    Args:
+        weight: (n, k) float32.
+        hessian: (k, k), see `gossamer.obs`.
+        lane: (n, k) int64, the lane of each weight; -1 where the weight is not stored.
+        scale: (n).
+
+    Returns:
+        q (n, k) int8.
+    """
+    # What each lane may still hold, of positive and of negative weights; lane -1 holds nothing.
+    room = torch.full((2, int(lane.max()) + 2), float(LANE_LIMIT))
+    room[:, -1] = 0
+
+    def decide(j: int, ahead: Tensor) -> Tensor:
+        own = lane[:, j]
+        above, below = room[:, own].clamp_(max=127)
+        q = (ahead[0] / scale).round_().clamp_(-below, above)
+        # No two outputs share a lane, but for -1, of which nothing is taken.
+        room[0, own] -= q.clamp(min=0)
+        room[1, own] += q.clamp(max=0)
+        return q * scale
+
+    return (walk(weight, inverse_factor(hessian), decide) / scale[:, None]).round_().to(torch.int8)
 
 
 def _overflowing(lanes: Tensor, sign: int) -> Tensor:
