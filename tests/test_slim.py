@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 import gossamer as gs
 
-pytest.importorskip("torch_pruning")
-
 
 class Residual(nn.Module):
     """A stem and a block whose outputs are added: both must lose the same channels."""
@@ -279,7 +277,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_packed_models_and_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     gs.compress_(model, gs.Int8())
-    with pytest.raises(ValueError, match=r"no nn.Linear or convolution to slim"):
+    with pytest.raises(ValueError, match="or convolution to slim"):
         gs.slim_(model, torch.randn(1, 16), 0.5)
     real = builtins.__import__
 

@@ -51,8 +51,8 @@ def energy(name: str, module: Prunable, score: str, average: Tensor | None = Non
     require_finite(name, weight, "weights")
     kind, seed = parse(score)
     if kind == "random":
-        # zlib's, not hash(): equal in every process.
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        # zlib's, not hash(): equal in every process. The generator takes 32 bits of its seed.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         return torch.rand(weight.shape, generator=generator).to(weight.device)
     if kind == "taylor":
         if average is None:

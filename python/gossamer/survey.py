@@ -67,7 +67,8 @@ def survey(model: nn.Module, pattern: Pattern, exclude: str | Iterable[str]) -> 
     layers, first = [], dict[int, str]()  # first: the name under which a shared weight is pruned
     for name, module in found.items():
         weight, skipped = module.weight, True
-        others = [other for other in holders.get(id(weight), []) if other != f"{name}.weight"]
+        own = f"{name}.weight" if name else "weight"
+        others = [other for other in holders.get(id(weight), []) if other != own]
         if name in excluded:
             note = "excluded"
         elif name not in exact:
