@@ -3,6 +3,7 @@
 // on each.
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdarg>
 #include <cstdio>
 
@@ -55,6 +56,11 @@ int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* 
   if (x->dtype < GOSSAMER_FLOAT32 || x->dtype > GOSSAMER_FLOAT16) {
     return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(x->dtype));
   }
+  // 2^-126: 1 / scale is finite.
+  if (x->scale != 0 && !(x->scale >= 0x1p-126f && x->scale <= FLT_MAX)) {
+    return fail("x has scale %g: it must be 0 (dynamic) or a finite normal number", x->scale);
+  }
+  if (x->zero < 0 || x->zero > 255) return fail("x has zero=%d: it must be 0 to 255", int(x->zero));
   if (y->activation < GOSSAMER_NONE || y->activation > GOSSAMER_SILU) {
     return fail("activation %d is unknown: use 0 (none), 1 (relu), 2 (gelu) or 3 (silu)",
                 int(y->activation));
@@ -262,8 +268,8 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
   return run(work, macs_of(work, 8.0 * double(k)), Even(), parallel_for, [&](const Tile& tile) {
     Arena none{nullptr};
     const int64_t row = tile.rows.begin;
-    active_kernels()->quantize_rows(float_tile(*x, k, tile, none), k, q + row * q_stride, q_stride,
-                                    scale + row, zero + row);
+    active_kernels()->quantize_rows(float_tile(*x, k, tile, none), k, given(*x), q + row * q_stride,
+                                    q_stride, scale + row, zero + row);
     return true;
   });
 }

@@ -34,13 +34,19 @@ struct FloatTile {
   int64_t rows;
 };
 
+// x ~ (q - zero) * scale; to a kernel, a scale of 0 means: of each row's own range.
+struct Affine {
+  float scale;
+  int32_t zero;
+};
+
 struct Range {
   int64_t begin, end;
 };
 
 // One type a stem. Scratch is what the functions below say, 64-byte aligned.
-using QuantizeRows = void(const FloatTile& x, int64_t k, uint8_t* q, int64_t q_stride, float* scale,
-                          int32_t* zero);
+using QuantizeRows = void(const FloatTile& x, int64_t k, Affine given, uint8_t* q, int64_t q_stride,
+                          float* scale, int32_t* zero);
 using GemmInt8 = void(const QuantizedTile& x, const gossamer_int8& w, Range panels,
                       const Destination& to);
 using GemmW8 = void(const FloatTile& x, const gossamer_int8& w, Range panels, const Destination& to,

@@ -191,9 +191,11 @@ inline FloatTile float_tile(const gossamer_input& x, int64_t k, const Tile& tile
   return {gathered, k, x.dtype, tile.count()};
 }
 
-// Quantized rows. A matrix has a scale a row. A convolution has one an image: the image is
-// quantized once and then gathered as bytes, which is cheaper by the number of taps than quantizing
-// what is gathered.
+inline Affine given(const gossamer_input& x) { return {x.scale, x.zero}; }
+
+// Quantized rows. A matrix has a scale a row, a convolution one an image, unless the input gives one
+// for all. The image is quantized once and then gathered as bytes, which is cheaper by the number of
+// taps than quantizing what is gathered.
 class Quantizer {
  public:
   // Rows are padded to a multiple of `unit` bytes.
@@ -214,12 +216,13 @@ class Quantizer {
     auto* zero = reinterpret_cast<int32_t*>(arena.take(tile_rows_ * 4));
     auto* q = reinterpret_cast<uint8_t*>(arena.take(tile_rows_ * stride_));
     if (!x_.conv) {
-      kernels.quantize_rows(float_tile(x_, k_, tile, arena), k_, q, stride_, scale, zero);
+      kernels.quantize_rows(float_tile(x_, k_, tile, arena), k_, given(x_), q, stride_, scale,
+                            zero);
       return {q, stride_, scale, zero, tile.count()};
     }
     if (tile.fresh) {
       const FloatTile whole{image_at(x_, tile.image), image_bytes(), x_.dtype, 1};
-      kernels.quantize_rows(whole, image_bytes(), image, image_bytes(), scale, zero);
+      kernels.quantize_rows(whole, image_bytes(), given(x_), image, image_bytes(), scale, zero);
       std::fill(scale + 1, scale + tile_rows_, scale[0]);
       std::fill(zero + 1, zero + tile_rows_, zero[0]);
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,20 @@ from gossamer.testing import Case
 STEMS = tuple(testing.FORMATS)
 INT8_STEMS = ("gemm_int8", "spmm_int8")
 INTEGER_STEMS = (*INT8_STEMS, "gemm_int4")  # the same bits on every Isa
+RANGE = (-1.5, 2.0)
 
 
 @cache
 def packed_case(stem: str, case: Case) -> Any:
     """A `Packed`, whose buffers no type names."""
     return pack(case.weight(), testing.FORMATS[stem])
+
+
+@cache
+def static_case(stem: str, case: Case) -> Any:
+    """The same weight, with static activations whose range cuts off some normal inputs."""
+    format = dataclasses.replace(testing.FORMATS[stem], activations="static")  # type: ignore[call-arg]
+    return pack(case.weight(), format, RANGE)
 
 
 def integers(packed: Any) -> Tensor:
@@ -37,7 +46,8 @@ def expected(
     if packed.kernel == "spmm":
         y = product(x, weight, bias, activation)
     else:
-        y = product(x, integers(packed), packed.scale, bias, activation)
+        affine = {"x_affine": packed.x_affine} if hasattr(packed, "x_affine") else {}
+        y = product(x, integers(packed), packed.scale, bias, activation, **affine)
     if packed.kernel == "gemm_int4":  # sums bytes in floats, and takes their zero off at the end
         q, scale, zero = reference.quantize_rows(x)
         x = ((q + zero[..., None]) * scale[..., None]).to(x.dtype)

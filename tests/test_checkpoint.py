@@ -358,7 +358,6 @@ MISFITS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "width": (lambda: Net(width=12), "layer 'stem': 8 outputs in the file, 12 in the model"),
     "stride": (lambda: Net(stride=2), r"layer 'stem': stride is \[1, 1\] in the file, \[2, 2\] in"),
     "padding mode": (Grouped, 'padding_mode is "zeros" in the file, "reflect" in the model'),
-    "bias": (lambda: Net(bias=False), "layer 'fc': bias is true in the file, false"),
     "dense shape": (with_head(nn.Linear(8, 5)), r"head.weight \(\(4, 8\) float32 in the file, \(5"),
     "dense bias": (with_head(nn.Linear(8, 4, bias=False)), "not in the model: head.bias"),
     "lazy": (with_head(nn.LazyLinear(4)), "head.weight .*not initialized here"),
@@ -377,6 +376,13 @@ def test_a_model_that_does_not_fit_is_told_why_and_left(case: str, path: Path) -
     make, match = MISFITS[case]
     model = make()
     refuses(model, path, match)
+
+
+def test_a_file_without_a_bias_does_not_fit_a_layer_with_one(path: Path) -> None:
+    model = Net(bias=False)
+    gs.compress_(model, gs.Int8())
+    gs.save(model, path)
+    refuses(Net(), path, "layer 'fc': bias is false in the file, true in the model")
 
 
 def test_only_the_first_few_names_are_listed(path: Path) -> None:

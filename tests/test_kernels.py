@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from products import INT8_STEMS, INTEGER_STEMS, STEMS, expected, integers, packed_case, same_bits
+from products import (
+    INT8_STEMS,
+    INTEGER_STEMS,
+    STEMS,
+    expected,
+    integers,
+    packed_case,
+    same_bits,
+    static_case,
+)
 from torch import Tensor
 
 from gossamer import _C, ops, reference, testing
@@ -30,6 +39,35 @@ def test_quantize_rows(isa: str, case: Case, dtype: torch.dtype) -> None:
     q, scale, zero = ops.quantize_rows(x)
     want_q, want_scale, want_zero = reference.quantize_rows(x)
     assert torch.equal(q, want_q) and torch.equal(zero, want_zero) and same_bits(scale, want_scale)
+
+
+# In the middle, at the ends, beyond what an int32 holds of x / scale, beyond 1 / scale.
+AFFINES = [(0.02, 100.0), (0.1, 0.0), (1e-3, 255.0), (2.0**-126, 7.0), (3e38, 3.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("affine", AFFINES, ids=str)
+def test_quantize_rows_by_a_given_range(
+    isa: str, affine: tuple[float, float], dtype: torch.dtype
+) -> None:
+    x_affine = torch.tensor(affine)
+    for case in CASES["quantize_rows"]:
+        x = case.x(dtype)
+        got, want = ops.quantize_rows(x, x_affine), reference.quantize_rows(x, x_affine)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2]), str(case)
+        assert same_bits(got[1], want[1]), str(case)
+    huge = torch.tensor([[3e38, -3e38, 0.0]])
+    q = ops.quantize_rows(huge, torch.tensor([1e-3, 9.0]))[0]
+    assert q.tolist() == [[255, 0, 9]]
+
+
+STATIC = [pytest.param(s, c, id=f"{s}-{c}") for s in INT8_STEMS for c in CASES[s]]
+
+
+@pytest.mark.parametrize("stem, case", STATIC)
+def test_static_product(isa: str, stem: str, case: Case) -> None:
+    packed, x, bias = static_case(stem, case), case.x(), case.bias()
+    assert_close(packed.matmul(x, bias), *expected(packed, x, bias))
 
 
 @pytest.mark.parametrize("stem, case", PRODUCTS)
@@ -202,8 +240,10 @@ def test_the_largest_sum_of_all(isa: str, stem: str) -> None:
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("stem", INTEGER_STEMS)
 def test_integer_bits_are_those_of_every_isa(stem: str, activation: str) -> None:
-    for case in CASES[stem]:
-        packed, bias = packed_case(stem, case), case.bias()
+    cases = [(packed_case(stem, case), case) for case in CASES[stem]]
+    cases += [(static_case(stem, case), case) for case in CASES[stem] if stem in INT8_STEMS]
+    for packed, case in cases:
+        bias = case.bias()
         for dtype in (torch.float32, *HALVES) if case.m * case.n < 5000 else (torch.float32,):
             results = {}
             for name in _C.isas():

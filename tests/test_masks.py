@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gossamer.masks import choose
 from gossamer.prune import Pruner, prune_
+from gossamer.scores import energy
 
 
 def small_model(seed: int = 0) -> nn.Sequential:
@@ -32,6 +33,15 @@ def small_model(seed: int = 0) -> nn.Sequential:
 def weights(model: nn.Module) -> dict[str, Tensor]:
     kinds = (nn.Linear, nn.Conv2d)
     return {n: m.weight.detach() for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def energies(dense: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, weight in dense.items():
+        layer = nn.Linear(1, 1, bias=False)
+        layer.weight = nn.Parameter(weight)
+        found[name] = energy(name, layer, "magnitude")
+    return found
 
 
 def blocks(weight: Tensor, width: int) -> list[tuple[tuple[int, ...], ...]]:
@@ -112,7 +122,7 @@ def test_sparsity_is_exact_whatever_the_ties(
         for name, shape in shapes.items()
     }
     kept = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
-    masks = choose(dense, kept, sparsity, pattern, scope)
+    masks = choose(energies(dense), kept, sparsity, pattern, scope)
     width = {"unstructured": 1, "1x4": 4}[pattern]
     alive, total = {}, {}
     for name, mask in masks.items():
@@ -153,10 +163,10 @@ def test_no_layer_is_emptied(scope: str) -> None:
 def test_a_layers_scale_does_not_decide(factor: float) -> None:
     dense = weights(small_model())
     kept = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in dense.items()}
-    expected = choose(dense, kept, 0.8, "1x4")
+    expected = choose(energies(dense), kept, 0.8, "1x4")
     # A power of two scales without rounding, so not even a near tie may turn.
     exact = 2.0 ** round(torch.tensor(factor).log2().item())
-    scaled = choose(dense | {"2": dense["2"] * exact}, kept, 0.8, "1x4")
+    scaled = choose(energies(dense | {"2": dense["2"] * exact}), kept, 0.8, "1x4")
     assert all(torch.equal(scaled[name], expected[name]) for name in dense)
 
 

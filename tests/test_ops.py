@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from products import STEMS, packed_case, same_bits
+from products import INT8_STEMS, STEMS, packed_case, same_bits, static_case
 from torch import Tensor
 
 import gossamer as gs
@@ -29,8 +29,10 @@ IMAGE = ImageCase("ops", (2, 6, 5, 7), (3, 2), stride=(2, 1), sides=(1, 1, 0, 1)
 def arguments(packed: Packed, x: Tensor, bias: Tensor | None, conv: list[int] | None) -> tuple:
     """What the operator of a packed weight is called with."""
     weight = list(packed.buffers())
-    n = [packed.n] if packed.kernel == "spmm" else []
-    return (x, *weight, *n, bias, packed.k, 2, conv)
+    more = {"spmm": [packed.n], "gemm_int8": [None], "spmm_int8": [None]}.get(packed.kernel, [])
+    if hasattr(packed, "x_affine"):
+        more = []
+    return (x, *weight, *more, bias, packed.k, 2, conv)
 
 
 def operator_of(stem: str) -> Any:
@@ -66,11 +68,19 @@ def test_opcheck_of_convolutions(stem: str, planar: bool) -> None:
     torch.library.opcheck(operator_of(stem), call)
 
 
+@pytest.mark.parametrize("stem", INT8_STEMS)
+def test_opcheck_of_static_products(stem: str) -> None:
+    packed = static_case(stem, CASE)
+    for rows in (CASE.x(), CASE.x()[0], CASE.x()[:0]):
+        torch.library.opcheck(operator_of(stem), arguments(packed, rows, CASE.bias(), None))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_opcheck_of_the_others(dtype: torch.dtype) -> None:
     x = CASE.x(dtype)
     for rows in (x, x[0], x.view(2, 3, 24), x[:0]):
-        torch.library.opcheck(operator_of("quantize_rows"), (rows,))
+        for affine in (None, torch.tensor([0.1, 7.0])):
+            torch.library.opcheck(operator_of("quantize_rows"), (rows, affine))
     image = IMAGE.x(dtype).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(operator_of("im2col"), (image, IMAGE.conv()))
 
@@ -145,11 +155,14 @@ def test_k_has_a_limit() -> None:
     codes = torch.zeros(1, 65568 // 8, 16, 4, dtype=torch.uint8)
     cells = {unit: torch.zeros(_C.cell_count(1, k, unit) + 1, 2).int() for unit in (1, 4)}
     calls = {
-        "gemm_int8": (x, panels, scale, sums, None, k),
+        "gemm_int8": (x, panels, scale, sums, None, None, k),
         "gemm_w8": (x, panels, scale, None, k),
         "gemm_int4": (x, codes, codes[..., 0].char(), scale, sums, None, k),
         "spmm": (x, torch.zeros(0), entries, rows, cells[1], 1, None, k),
-        "spmm_int8": (x, entries.view(0, 1).char(), entries, rows, cells[4], scale, sums, None, k),
+        "spmm_int8": (
+            *(x, entries.view(0, 1).char(), entries, rows, cells[4], scale, sums),
+            *(None, None, k),
+        ),
     }
     for stem, call in calls.items():
         with pytest.raises(RuntimeError, match=r"k=65537 overflows int32 .limit 65536.: split"):

@@ -42,6 +42,26 @@ def excess(lanes: Tensor) -> int:
 # The arithmetic.
 
 
+@pytest.mark.parametrize("format", INT8_FORMATS, ids=str)
+def test_a_given_scale(format: gs.Format) -> None:
+    weight = Case("scales", 1, 50, 30, density=0.6, block=4).weight()
+    own: Any = pack(weight, format)
+    # Its own scale changes nothing; half of it cuts off, and no lane overflows.
+    again: Any = pack(weight, format, scale=own.scale)
+    assert torch.equal(again.unpack(), own.unpack())
+    tight: Any = pack(weight, format, scale=own.scale / 2)
+    tight._validate()
+    assert torch.equal(tight.scale, own.scale / 2)
+    off = (tight.unpack() - weight).abs() / tight.scale[:, None]
+    assert off.max() > 10 and off.median() < 1
+    for wrong in (own.scale[1:], -own.scale, own.scale * torch.nan):
+        with pytest.raises(ValueError, match="scale must be 30 finite positive numbers"):
+            pack(weight, format, scale=wrong)
+    for other in (gs.Int4(), gs.Sparse()):
+        with pytest.raises(ValueError, match="chooses its own scales"):
+            pack(weight, other, scale=own.scale)
+
+
 @settings(max_examples=300)
 @given(
     hnp.arrays(
@@ -146,10 +166,10 @@ def test_unknown_formats() -> None:
     with pytest.raises(ValueError, match=r"use gs.Int8\(\), gs.Int4\(\), gs.Sparse\(\) or "):
         pack(torch.zeros(2, 2), formats.Format())
     with pytest.raises(
-        ValueError, match="activations='static' is unknown: use one of dynamic, none"
+        ValueError, match="activations='half' is unknown: use one of dynamic, static, none"
     ):
-        gs.Int8(activations="static")
-    with pytest.raises(ValueError, match=r"use one of dynamic$"):
+        gs.Int8(activations="half")
+    with pytest.raises(ValueError, match=r"use one of dynamic, static$"):
         gs.SparseInt8(activations="none")
     for group in (0, 8, 64, 16.0, True, None):
         with pytest.raises(ValueError, match=f"group={group} has no kernel: use 16 or 32"):

@@ -10,7 +10,8 @@ from torch import nn
 from gossamer.compress import compress_
 from gossamer.distill import KD, Distiller, SquareHead
 from gossamer.formats import Int8, SparseInt8
-from gossamer.prune import Cubic, Pruner, prune_
+from gossamer.prune import Pruner, prune_
+from gossamer.schedules import Cubic
 
 
 def test_prune_while_distilling_then_pack() -> None:

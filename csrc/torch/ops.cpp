@@ -4,7 +4,8 @@
 // Every operator that multiplies takes either rows (..., k), or with `conv` an image (images,
 // channels, height, width) in channels_last memory. conv lists kernel, stride, dilation (height,
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
-// instead of channels_last.
+// instead of channels_last. x_affine, of products that quantize x, holds the (scale, zero point) to do
+// that by; None: each row's own.
 
 #include <string>
 #include <vector>
@@ -34,10 +35,23 @@ struct Input {
   bool planar = false;
 
   Input(const Tensor& x, int64_t k, const std::vector<int64_t>& geometry) {
-    view = {x.data, float_dtype(x), 0, k, nullptr};
+    view = {x.data, float_dtype(x), 0, k, nullptr, 0, 0};
     geometry.empty() ? read_rows(x, k) : read_image(x, geometry);
   }
   Input(const Input&) = delete;
+
+  // (scale, zero point), or nothing.
+  void quantize_by(const std::vector<Tensor>& affine) {
+    if (affine.empty()) return;
+    const float* values = static_cast<const float*>(affine[0].data);
+    if (!(values[0] > 0))
+      fail("x_affine has scale " + std::to_string(values[0]) + ": not positive");
+    if (!(values[1] >= 0 && values[1] <= 255)) {
+      fail("x_affine has zero point " + std::to_string(values[1]) + ": it must be 0 to 255");
+    }
+    view.scale = values[0];
+    view.zero = static_cast<int32_t>(values[1]);
+  }
 
  private:
   void read_rows(const Tensor& x, int64_t k) {
@@ -106,14 +120,16 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, gossamer_body body,
 // What all products share: their tail arguments (bias, k, activation, conv), and the result.
 // `multiply` gets the input and the output of the C ABI.
 template <typename Multiply>
-StableIValue product(const Tensor& x, Arguments& arguments, int64_t n, Multiply multiply) {
-  const std::vector<Tensor> bias = arguments.optional_bias(n);
+StableIValue product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments,
+                     int64_t n, Multiply multiply) {
+  const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
   const int64_t k = arguments.integer(), activation = arguments.integer();
   if (activation < GOSSAMER_NONE || activation > GOSSAMER_SILU) {
     fail("activation " + std::to_string(activation) +
          " is unknown: use 0 (none), 1 (relu), 2 (gelu) or 3 (silu)");
   }
-  const Input input(x, k, arguments.optional_integers());
+  Input input(x, k, arguments.optional_integers());
+  input.quantize_by(affine);
   Tensor y = result(x, input, n);
   const gossamer_output output{y.data, n, input.planar,
                                bias.empty() ? nullptr : static_cast<const float*>(bias[0].data),
@@ -124,30 +140,32 @@ StableIValue product(const Tensor& x, Arguments& arguments, int64_t n, Multiply 
 
 int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// (x, panels, scale, wsum, bias, k, activation, conv); without wsum for gemm_w8.
+// (x, panels, scale, wsum, x_affine, bias, k, activation, conv); gemm_w8 has no wsum, no x_affine.
 template <bool kQuantized>
 void gemm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kQuantized ? "TTTTOIIP" : "TTTOIIP");
+  Arguments arguments(stack, kQuantized ? "TTTTOOIIP" : "TTTOIIP");
   const Tensor x = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const int32_t* wsum = nullptr;
-  std::vector<Tensor> sums;
+  std::vector<Tensor> sums, affine;
   if (kQuantized) {
     sums.push_back(arguments.weight("wsum", aoti_torch_dtype_int32(), n));
     wsum = static_cast<const int32_t*>(sums[0].data);
+    affine = arguments.optional_floats("x_affine", 2);
   }
-  stack[0] = product(
-      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        if (panels.numel() != up(n, 16) * up(k, 8)) {
-          fail("panels of shape " + panels.shape() + " do not hold n=" + std::to_string(n) +
-               ", k=" + std::to_string(k));
-        }
-        const gossamer_int8 w{n, k, static_cast<const int8_t*>(panels.data),
-                              static_cast<const float*>(scale.data), wsum};
-        return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
-      });
+  stack[0] = product(x, affine, arguments, n,
+                     [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+                       if (panels.numel() != up(n, 16) * up(k, 8)) {
+                         fail("panels of shape " + panels.shape() +
+                              " do not hold n=" + std::to_string(n) + ", k=" + std::to_string(k));
+                       }
+                       const gossamer_int8 w{n, k, static_cast<const int8_t*>(panels.data),
+                                             static_cast<const float*>(scale.data), wsum};
+                       return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y,
+                                                                                   parallel_for);
+                     });
 }
 
 // (x, panels, group_scale, scale, wsum, bias, k, activation, conv)
@@ -160,7 +178,7 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
   stack[0] = product(
-      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+      x, {}, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const int64_t weights = up(n, 16) * up(k, 32);
         // (panels, groups, 16): of its sizes, that of a panel says what a group is.
         const int64_t groups = group_scale.dim == 3 ? group_scale.sizes[1] : 0;
@@ -215,28 +233,30 @@ void spmm(StableIValue* stack, uint64_t, uint64_t) {
   const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
   stack[0] = product(
-      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+      x, {}, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
       });
 }
 
-// (x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv)
+// (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
 void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTTTOIIP");
+  Arguments arguments(stack, "TTTTTTTOOIIP");
   const Tensor x = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
   const Index index(arguments, values.numel() / 4);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  stack[0] = product(
-      x, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
-                                     static_cast<const float*>(scale.data),
-                                     static_cast<const int32_t*>(wsum.data)};
-        return gossamer_spmm_int8(&input, &w, &y, parallel_for);
-      });
+  const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
+  stack[0] = product(x, affine, arguments, n,
+                     [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+                       const gossamer_sparse_int8 w{index.view(n, k, 4),
+                                                    static_cast<const int8_t*>(values.data),
+                                                    static_cast<const float*>(scale.data),
+                                                    static_cast<const int32_t*>(wsum.data)};
+                       return gossamer_spmm_int8(&input, &w, &y, parallel_for);
+                     });
 }
 
 // (x, dy, columns, rows, cells, n, k, conv) -> dw
@@ -253,14 +273,16 @@ void sddmm(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = dw.release();
 }
 
-// (x) -> (q, scale, zero)
+// (x, x_affine) -> (q, scale, zero)
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "T");
+  Arguments arguments(stack, "TO");
   const Tensor x = arguments.tensor();
+  const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
   if (x.dim < 1) fail("x must have at least one dimension");
   const int64_t k = x.sizes[x.dim - 1];
   if (k < 1) fail("x of shape " + x.shape() + " has rows of k=0 elements: nothing to quantize");
-  const Input input(x, k, {});
+  Input input(x, k, {});
+  input.quantize_by(affine);
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i-- > 0;)
     strides[i] = strides[i + 1] * (sizes[i + 1] > 1 ? sizes[i + 1] : 1);
@@ -300,11 +322,14 @@ struct Operator {
   void (*run)(StableIValue*, uint64_t, uint64_t);
 };
 
+#define AFFINE "Tensor? x_affine"
 #define PRODUCT_TAIL "Tensor? bias, int k, int activation, int[]? conv) -> Tensor"
 #define INDEX "Tensor columns, Tensor rows, Tensor cells, "
 const Operator kOperators[] = {
-    {"quantize_rows", "quantize_rows(Tensor x) -> (Tensor, Tensor, Tensor)", quantize_rows},
-    {"gemm_int8", "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " PRODUCT_TAIL,
+    {"quantize_rows", "quantize_rows(Tensor x, " AFFINE ") -> (Tensor, Tensor, Tensor)",
+     quantize_rows},
+    {"gemm_int8",
+     "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " AFFINE ", " PRODUCT_TAIL,
      gemm<true>},
     {"gemm_w8", "gemm_w8(Tensor x, Tensor panels, Tensor scale, " PRODUCT_TAIL, gemm<false>},
     {"gemm_int4",
@@ -313,7 +338,8 @@ const Operator kOperators[] = {
      gemm_int4},
     {"spmm", "spmm(Tensor x, Tensor values, " INDEX "int n, " PRODUCT_TAIL, spmm},
     {"spmm_int8",
-     "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " PRODUCT_TAIL,
+     "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " AFFINE
+     ", " PRODUCT_TAIL,
      spmm_int8},
     {"sddmm", "sddmm(Tensor x, Tensor dy, " INDEX "int n, int k, int[]? conv) -> Tensor", sddmm},
     {"im2col", "im2col(Tensor x, int[] conv) -> Tensor", im2col},

@@ -121,20 +121,20 @@ class Arguments {
     }
     return t;
   }
-  // An optional is null or a box on the heap that its reader frees.
-  std::vector<Tensor> optional_bias(int64_t n) {
-    std::vector<Tensor> bias;
+  // (n) floats, or none. An optional is null or a box on the heap that its reader frees.
+  std::vector<Tensor> optional_floats(const char* name, int64_t n) {
+    std::vector<Tensor> floats;
     if (auto* box = take<StableIValue*>()) {
-      bias.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
+      floats.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
       delete box;
-      const Tensor& b = bias[0];
-      if (b.dtype != aoti_torch_dtype_float32() || b.dim != 1 || b.sizes[0] != n ||
-          !b.contiguous()) {
-        fail("bias of shape " + b.shape() + " must be float32 and of shape (" + std::to_string(n) +
-             ",)");
+      const Tensor& f = floats[0];
+      if (f.dtype != aoti_torch_dtype_float32() || f.dim != 1 || f.sizes[0] != n ||
+          !f.contiguous()) {
+        fail(std::string(name) + " of shape " + f.shape() + " must be float32 and of shape (" +
+             std::to_string(n) + ",)");
       }
     }
-    return bias;
+    return floats;
   }
   std::vector<int64_t> optional_integers() {
     std::vector<int64_t> values;

@@ -17,6 +17,7 @@ from .content import Content, StrPath, read, shown, write
 from .formats import format_from_json
 from .layers import LAYERS
 from .packed import Packed, packed_from_buffers
+from .resize import Sizes, mark, plan, resized, resizes, shapes
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -74,13 +75,14 @@ def save(model: nn.Module, path: StrPath) -> None:
     tensors = _storable({name: state[name] for name in first.values()})
     layers = {name: _entry(module) for name, module in _named(model, Layer)}
     aliases = {name: stored for name, stored in owner.items() if name != stored}
-    write(path, Content(tensors, layers, aliases))
+    write(path, Content(tensors, layers, aliases, resizes(model)))
 
 
 def load_(model: _M, path: StrPath) -> _M:
     """Fills `model`, freshly constructed and dense, from a file of `save`; returns it.
 
-    Layers that the file holds packed take the place of the dense ones; all other parameters and
+    Layers that the file holds packed take the place of the dense ones; layers that `slim_` made
+    smaller become so here too, if the model has the sizes from before; all other parameters and
     buffers are copied into the model's own, in the model's dtype and device, as
     nn.Module.load_state_dict does. Tensors that shared memory when they were saved share it again.
     Buffers that are not persistent, and train or eval mode, are not in the file and stay.
@@ -102,12 +104,17 @@ def load_(model: _M, path: StrPath) -> _M:
     _refuse_single_layer(model)
     content = read(path)
     try:
-        layers = _build_layers(model, content)
-        slots = _match(model, content)
+        sizes = plan(model, content.slim)
+        layers = _build_layers(model, content, sizes)
+        slots = _match(model, content, sizes)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)} does not fit {type(model).__name__}: {error}"
         ) from error
+    for module, (before, after) in sizes.items():
+        for key, value in after.items():
+            setattr(module, key, value)
+        mark(module, before)
     _copy(slots, content)
     swap(model, layers)
     return model
@@ -161,7 +168,10 @@ def _storable(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _build_layers(model: nn.Module, content: Content) -> dict[nn.Module, nn.Module]:
+_Plan = dict[nn.Module, tuple[Sizes, Sizes]]
+
+
+def _build_layers(model: nn.Module, content: Content, sizes: _Plan) -> dict[nn.Module, nn.Module]:
     """The packed layers, each with the module of the model whose place it takes."""
     modules = dict(_named(model, nn.Module))
     absent = sorted(name for name in content.layers if not name or name not in modules)
@@ -182,7 +192,10 @@ def _build_layers(model: nn.Module, content: Content) -> dict[nn.Module, nn.Modu
                 raise ValueError(f"{first} and {name} are one layer in the model, two in the file")
             continue
         try:
-            layer = _build_layer(module, entry, own, content.tensors, cache)
+            dense = module.to_dense() if isinstance(module, Layer) else module
+            if module in sizes:
+                dense = resized(dense, sizes[module][1])
+            layer = _build_layer(dense, entry, own, content.tensors, cache)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         built[module] = (name, layer)
@@ -193,18 +206,18 @@ def _build_layers(model: nn.Module, content: Content) -> dict[nn.Module, nn.Modu
 
 
 def _build_layer(
-    module: nn.Module,
+    dense: Any,
     entry: dict[str, Any],
     own: dict[str, str],
     tensors: dict[str, Tensor],
     cache: dict[object, Packed],
 ) -> nn.Module:
     """One packed layer; `own` maps its tensors to stored names, `cache` keeps shared weights so."""
-    dense: Any = module.to_dense() if isinstance(module, Layer) else module
     if type(dense) not in LAYERS:
         raise ValueError(f"packed in the file, but a {type(dense).__name__} in the model")
-    if entry["n"] != len(dense.weight):
-        raise ValueError(f"{entry['n']} outputs in the file, {len(dense.weight)} in the model")
+    outputs = dense.out_features if isinstance(dense, nn.Linear) else dense.out_channels
+    if entry["n"] != outputs:
+        raise ValueError(f"{entry['n']} outputs in the file, {outputs} in the model")
     format = format_from_json(entry["format"])
     weight = {
         name.removeprefix("packed."): stored
@@ -229,7 +242,8 @@ def _build_layer(
 def _compare(file: dict[str, Any], built: dict[str, Any], dense: nn.Module) -> None:
     """The file's geometry must be that of the layer it builds and of the dense one it replaces."""
     model = {key: getattr(dense, key, value) for key, value in built.items()}
-    model["bias"] = dense.bias is not None
+    # Bias correction gives a layer a bias that had none.
+    model["bias"] = dense.bias is not None or built["bias"]
     if file.keys() != built.keys():
         raise ValueError(f"its geometry must have {sorted(built)}, got {sorted(file)}"[:400])
     # As JSON: a tuple of the model is a list in the file, and 1 is not true.
@@ -239,8 +253,14 @@ def _compare(file: dict[str, Any], built: dict[str, Any], dense: nn.Module) -> N
             raise ValueError(f"{key} is {there[:80]} in the file, {here[1]} in the model")
 
 
-def _match(model: nn.Module, content: Content) -> dict[str, _Slot]:
+def _match(model: nn.Module, content: Content, sizes: _Plan) -> dict[str, _Slot]:
     """Where the tensors that belong to no packed layer go; their names and shapes are all right."""
+    smaller = {
+        f"{prefix}.{key}" if prefix else key: shape
+        for prefix, module in _named(model, nn.Module)
+        if module in sizes and not isinstance(module, Layer)
+        for key, shape in shapes(module, sizes[module][1]).items()
+    }
     slots = {n: slot for n, slot in _slots(model).items() if content.layer_of(n) is None}
     names = {name for name in content.names() if content.layer_of(name) is None}
     problems = {
@@ -249,7 +269,7 @@ def _match(model: nn.Module, content: Content) -> dict[str, _Slot]:
         "of another shape": [
             f"{name} ({_described(content[name])} in the file, {_described(slot.tensor)} here)"
             for name, slot in slots.items()
-            if name in names and not _fits(content[name], slot.tensor)
+            if name in names and not _fits(content[name], slot.tensor, smaller.get(name))
         ],
     }
     if any(problems.values()):
@@ -265,11 +285,11 @@ def _match(model: nn.Module, content: Content) -> dict[str, _Slot]:
     return slots
 
 
-def _fits(source: Tensor, target: Tensor) -> bool:
-    """Same shape, and a float stays a float: its precision may differ, as for load_state_dict."""
+def _fits(source: Tensor, target: Tensor, shape: tuple[int, ...] | None) -> bool:
+    """The right shape (by default the target's), and a float stays a float, of any precision."""
     return (
         not is_lazy(target)
-        and source.shape == target.shape
+        and source.shape == (target.shape if shape is None else shape)
         and source.is_floating_point() == target.is_floating_point()
         and source.is_complex() == target.is_complex()
     )
@@ -285,10 +305,11 @@ def _copy(slots: dict[str, _Slot], content: Content) -> None:
             leader, like = leaders.setdefault(content.stored(name), (slot, kind))
             if leader is not slot and like == kind:
                 slot.registry[slot.key] = leader.tensor
-            elif _writable(target):
+            elif _writable(target) and target.shape == content[name].shape:
                 target.copy_(content[name])
             else:
-                fresh = content[name].to(target.dtype, copy=True)
+                device = "cpu" if target.is_meta else target.device
+                fresh = content[name].to(device, target.dtype, copy=True)
                 slot.registry[slot.key] = (
                     nn.Parameter(fresh, target.requires_grad)
                     if isinstance(target, nn.Parameter)

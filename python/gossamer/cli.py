@@ -1,4 +1,4 @@
-"""The `gossamer` command: info, demo, bench."""
+"""The `gossamer` command: info, demo, compress, bench."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Runs the command; what the user did wrong is a sentence on stderr, and exit code 2."""
     try:
         app()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"gossamer: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -82,6 +82,34 @@ def demo(
     if folder:
         print(f"The packed model: {folder / FILE}", file=sys.stderr)
     _write(figures, target)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that ships.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default the recipe's name.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe against its task, and stop.")
+    ] = False,
+) -> None:
+    """Train, prune, distil, quantize and pack a model as a recipe says.
+
+    What is wrong in the recipe is named with its line, before anything is trained. A run that was
+    killed goes on with --resume. docs/recipes.md describes the keys.
+    """
+    from . import road
+    from .recipe import load
+
+    document = load(recipe)
+    if dry_run:
+        print(road.plan(document))
+        return
+    outcome = road.run(document, out or Path(recipe.stem), resume)
+    print(outcome)
+    print(f"Model and report: {outcome.folder}", file=sys.stderr)
 
 
 @app.command()

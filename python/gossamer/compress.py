@@ -12,19 +12,22 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .calibrate import correct_bias_
 from .formats import Format
-from .layers import LAYERS, Conv2d, Linear, unsupported
+from .layers import LAYERS, Conv2d, Linear, input_range, unsupported
+from .observed import frozen
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row
-from .timing import Call, eval_mode, forward, race
+from .resize import carry
+from .timing import Call, eval_mode, forward, race, unfused
 
 Layer = Linear | Conv2d
 Timer = Callable[[Call, Call], tuple[float, float]]
 
 
 @dataclasses.dataclass(eq=False)
-class _Candidate:
+class Candidate:
     """A module that holds a weight: all its names, and what is to become of it."""
 
     names: list[str]
@@ -33,9 +36,11 @@ class _Candidate:
     reason: str = ""
     layer: Layer | None = None
     ms: tuple[float, float] | None = None
+    corrected: bool = False
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
 
@@ -44,6 +49,7 @@ def compress_(
     formats: Format | Mapping[str, Format | None],
     *,
     example_inputs: Any = None,
+    bias_correction: bool = True,
     timer: Timer = race,
 ) -> Report:
     """Swaps the nn.Linear and nn.Conv2d layers of `model` for packed ones, in place.
@@ -65,6 +71,8 @@ def compress_(
             these, each layer is timed dense and packed on the input it receives in one forward
             (in eval mode, on the current number of threads), and a layer stays dense where
             packed is not faster. A layer that this forward does not reach is packed untimed.
+        bias_correction: shift the bias of each layer that was calibrated so that its mean output
+            stays (see `calibrate.correct_bias_`).
         timer: (dense call, packed call) -> (ms, ms); replaces the clock.
 
     Returns:
@@ -82,15 +90,13 @@ def compress_(
         >>> report.rows[0].after
         'Linear Int8'
     """
-    patterns = _as_patterns(formats)
+    candidates = chosen(model, formats)
     if type(model) in LAYERS:
         raise ValueError(
             f"the model itself is a {type(model).__name__}, which cannot be replaced in place: "
             f"wrap it in nn.Sequential, or use gs.{LAYERS[type(model)].__name__}.from_dense"
         )
-    candidates = _find(model)
-    _choose(candidates, patterns)
-    _pack(candidates)
+    _pack(candidates, bias_correction)
     if example_inputs is not None:
         _time(model, candidates, example_inputs, timer)
     rows = _rows(model, candidates, timed=example_inputs is not None)
@@ -98,11 +104,19 @@ def compress_(
     return Report(rows, _title(model, rows))
 
 
+def chosen(model: nn.Module, formats: Format | Mapping[str, Format | None]) -> list[Candidate]:
+    """Every module of the model that holds a weight to pack, and the format it is to have."""
+    patterns, candidates = as_patterns(formats), find(model)
+    choose(candidates, patterns)
+    return candidates
+
+
 def swap(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> None:
     """Puts layers[module] in the place of each module, under all its names; cannot fail."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is not None and child in layers:
+                carry(child, layers[child])
                 parent._modules[name] = layers[child].train(child.training)
     for module in model.modules():
         # Both read linear1.weight in eval mode, past the layer, to call one fused kernel; these
@@ -133,7 +147,8 @@ def format_name(format: Format) -> str:
     return format.name + (f"({own})" if own else "")
 
 
-def _as_patterns(formats: object) -> dict[str, Format | None]:
+def as_patterns(formats: object) -> dict[str, Format | None]:
+    """The argument `formats` of `compress_` as a dict; TypeError for anything else."""
     patterns: dict[Any, Any] = dict(formats) if isinstance(formats, Mapping) else {"*": formats}
     for pattern, format in patterns.items():
         if not isinstance(pattern, str):
@@ -147,14 +162,14 @@ def _as_patterns(formats: object) -> dict[str, Format | None]:
     return patterns
 
 
-def _find(model: nn.Module) -> list[_Candidate]:
+def find(model: nn.Module) -> list[Candidate]:
     """The modules that hold a weight to pack, in the model's order, each with all its names."""
-    found: dict[nn.Module, _Candidate] = {}
+    found: dict[nn.Module, Candidate] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if module in found:
             found[module].names.append(name)
         elif isinstance(module, nn.Linear | _ConvNd | Layer):
-            found[module] = _Candidate([name], module, reason=_why_not(module))
+            found[module] = Candidate([name], module, reason=_why_not(module))
     return list(found.values())
 
 
@@ -179,7 +194,7 @@ def _why_not(module: nn.Module) -> str:
     return unsupported(module) or ""
 
 
-def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None]) -> None:
+def choose(candidates: list[Candidate], patterns: Mapping[str, Format | None]) -> None:
     """Sets each candidate's format, or the reason why it has none."""
     names = [name for candidate in candidates for name in candidate.names]
     for pattern in patterns if names else ():
@@ -198,7 +213,7 @@ def _choose(candidates: list[_Candidate], patterns: Mapping[str, Format | None])
             candidate.format, candidate.reason = None, f"already {format_name(runs.packed.format)}"
 
 
-def _pack(candidates: Iterable[_Candidate]) -> None:
+def _pack(candidates: Iterable[Candidate], bias_correction: bool) -> None:
     """Builds each chosen candidate's layer; a weight that several share is packed once."""
     shared: dict[tuple[int, Format], Packed] = {}
     for candidate in candidates:
@@ -207,46 +222,45 @@ def _pack(candidates: Iterable[_Candidate]) -> None:
         module: Any = candidate.module
         weight = _weight(module)
         key = (id(weight), candidate.format)
+        packed = shared.get(key)
         try:
             if weight.is_meta:
                 raise ValueError("its weight is on meta and has no values: load the weights first")
+            x_range = input_range(module, candidate.format)
+            if packed is not None and x_range is not None:
+                packed = packed.with_range(*x_range)
             activation = module.activation if isinstance(module, Layer) else "none"
             dense: Any = module.to_dense() if isinstance(module, Layer) else module
-            layer = LAYERS[type(dense)].from_dense(
-                dense, candidate.format, shared.get(key), activation
-            )
+            layer = LAYERS[type(dense)].from_dense(dense, candidate.format, packed, activation)
         except (TypeError, ValueError) as error:
             raise type(error)(f"layer {candidate.name!r}: {error}") from error
         shared[key] = layer.packed
+        if bias_correction and frozen(module) is None:  # else the bias was trained with the weight
+            candidate.corrected = correct_bias_(layer, module)
         candidate.layer = layer
 
 
-def _time(
-    model: nn.Module, candidates: list[_Candidate], example_inputs: Any, timer: Timer
-) -> None:
+def _time(model: nn.Module, candidates: list[Candidate], example_inputs: Any, timer: Timer) -> None:
     """Times each candidate where it stands in one forward, and drops the layers that lose.
 
     The clock runs inside the hook, on the live input: no input is kept, whatever the model's size.
     Layers that share a packed weight are kept or dropped together, so that it exists once.
     """
     handles = []
-    fused = torch.backends.mha.get_fastpath_enabled()
     try:
         for candidate in candidates:
             if candidate.layer is not None:
                 hook = _stopwatch(candidate, timer)
                 handles.append(candidate.module.register_forward_pre_hook(hook, with_kwargs=True))
-        torch.backends.mha.set_fastpath_enabled(False)
-        with eval_mode(model):
+        with unfused(), eval_mode(model):
             forward(model, example_inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
-    groups: dict[Packed, list[_Candidate]] = {}
+    groups: dict[int, list[Candidate]] = {}
     for candidate in candidates:
         if candidate.layer is not None:
-            groups.setdefault(candidate.layer.packed, []).append(candidate)
+            groups.setdefault(_weight_id(candidate.layer), []).append(candidate)
     for group in groups.values():
         times = [candidate.ms for candidate in group if candidate.ms is not None]
         dense, packed = sum(ms[0] for ms in times), sum(ms[1] for ms in times)
@@ -256,7 +270,7 @@ def _time(
                 candidate.reason = f"kept: dense is faster ({dense:.3g} ms vs {packed:.3g} ms)"
 
 
-def _stopwatch(candidate: _Candidate, timer: Timer) -> Callable[..., None]:
+def _stopwatch(candidate: Candidate, timer: Timer) -> Callable[..., None]:
     """A hook that times dense against packed; a layer called n times costs the sum of its calls."""
     dense, packed = candidate.module, candidate.layer
     assert packed is not None
@@ -274,7 +288,7 @@ def _stopwatch(candidate: _Candidate, timer: Timer) -> Callable[..., None]:
     return hook
 
 
-def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[Row]:
+def _rows(model: nn.Module, candidates: list[Candidate], timed: bool) -> list[Row]:
     """Rows of the Report, made before the swap."""
     swapped = {candidate.module for candidate in candidates if candidate.layer is not None}
     staying: dict[int, str] = {}
@@ -283,7 +297,7 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
             for parameter in module.parameters(recurse=False):
                 staying.setdefault(id(parameter), name or "the model")
     counted: set[int] = set()
-    first: dict[Packed, str] = {}
+    first: dict[int, str] = {}
     rows = []
     for candidate in candidates:
         before, after, notes = _tensors(candidate.module), None, [candidate.reason]
@@ -291,7 +305,9 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
             before = [tensor for tensor in before if id(tensor) not in staying]
             after = _tensors(candidate.layer)
             tied = staying.get(id(_weight(candidate.module)))
-            other = first.setdefault(candidate.layer.packed, candidate.name)
+            other = first.setdefault(_weight_id(candidate.layer), candidate.name)
+            if candidate.corrected:
+                notes.append("bias corrected")
             if tied:
                 notes.append(f"tied to {tied!r}, which stays dense: no memory is saved")
             if other != candidate.name:
@@ -300,14 +316,19 @@ def _rows(model: nn.Module, candidates: list[_Candidate], timed: bool) -> list[R
                 notes.append("not reached by example_inputs: not timed")
         if len(candidate.names) > 1:
             notes.append("also at " + ", ".join(map(repr, candidate.names[1:])))
-        row = _row(candidate, "; ".join(filter(None, notes)))
+        row = describe(candidate, "; ".join(filter(None, notes)))
         row.bytes_before = _bytes(before, counted)
         row.bytes_after = None if after is None else _bytes(after, counted)
         rows.append(row)
     return rows
 
 
-def _row(candidate: _Candidate, note: str) -> Row:
+def _weight_id(layer: Layer) -> int:
+    """The same for layers whose packed weights are one in memory."""
+    return id(next(layer.packed.buffers()))
+
+
+def describe(candidate: Candidate, note: str) -> Row:
     """The row of one layer, but for its bytes."""
     runs: Any = candidate.layer or candidate.module
     packed = isinstance(runs, Layer)

@@ -6,6 +6,7 @@ metadata has one entry, "gossamer", with this JSON:
     version   1
     layers    {layer: {"geometry", "format", "n", "k"}}   how to build each packed layer
     aliases   {name: name}                                names of tensors that are stored once
+    slim      {module: {attribute: [before, now]}}        sizes that slim_ made smaller
     crc32     {name: int}                                 of a tensor's type, shape and bytes
 
 The checksums find damage. They are no defence against a hostile file: that is `packed/`, which
@@ -20,7 +21,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Content:
     tensors: dict[str, Tensor]
     layers: dict[str, dict[str, Any]]
     aliases: dict[str, str]
+    slim: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def names(self) -> set[str]:
         """Names of all tensors, aliases included."""
@@ -71,6 +73,7 @@ def write(path: StrPath, content: Content) -> None:
         "version": VERSION,
         "layers": content.layers,
         "aliases": content.aliases,
+        "slim": content.slim,
         "crc32": {name: _crc32(tensor) for name, tensor in content.tensors.items()},
     }
     path = Path(os.path.realpath(path))  # a link stays a link: its target is what is replaced
@@ -128,6 +131,9 @@ def _checked(tensors: dict[str, Tensor], text: str) -> Content:
     layers, aliases, sums = (about.get(key) for key in ("layers", "aliases", "crc32"))
     if not all(isinstance(table, dict) for table in (layers, aliases, sums)):
         raise ValueError("damaged metadata: layers, aliases and crc32 must be tables")
+    slim = about.get("slim", {})  # files from before slim_ have none
+    if not isinstance(slim, dict) or not all(isinstance(entry, dict) for entry in slim.values()):
+        raise ValueError("damaged metadata: slim must be a table of tables")
     for name, entry in layers.items():
         keys = {"geometry": dict, "format": dict, "n": int, "k": int}
         if not isinstance(entry, dict) or {k: type(v) for k, v in entry.items()} != keys:
@@ -138,7 +144,7 @@ def _checked(tensors: dict[str, Tensor], text: str) -> Content:
     damaged = [name for name, tensor in tensors.items() if sums.get(name) != _crc32(tensor)]
     if damaged or sums.keys() != tensors.keys():
         raise ValueError(f"damaged: the checksum of {shown(damaged or sums)} is wrong")
-    return Content(tensors, layers, aliases)
+    return Content(tensors, layers, aliases, slim)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,8 +26,9 @@ from .digits import TEST_IMAGES, Digits, TextbookCNN, accuracy, digits, shifted
 from .distill import KD, Distiller, SquareHead
 from .formats import Format, Int8, SparseInt8
 from .layers import LAYERS
-from .prune import Cubic, Pruner
+from .prune import Pruner
 from .report import Report, Row, in_bytes, render
+from .schedules import Cubic
 from .timing import eval_mode, threads
 
 FILE = "sparse_int8.safetensors"

@@ -32,7 +32,8 @@ class Int8(Format):
 
     Args:
         activations: "dynamic" quantizes x to 8 bits a row (a convolution: an image) as it comes
-            and multiplies integers; "none" keeps x in floats ("weight-only"), which is closer to
+            and multiplies integers; "static" quantizes it by one range a layer, which `calibrate`
+            finds beforehand; "none" keeps x in floats ("weight-only"), which is closer to
             fp32 and pays off where the weight, not the arithmetic, is waited for: a few rows.
 
     Raises:
@@ -45,7 +46,7 @@ class Int8(Format):
     activations: str = "dynamic"
 
     def __post_init__(self) -> None:
-        _check_activations(self.activations, ("dynamic", "none"))
+        _check_activations(self.activations, ("dynamic", "static", "none"))
 
 
 @dataclass(frozen=True)
@@ -101,16 +102,19 @@ class Sparse(Format):
 class SparseInt8(Format):
     """y = x @ w^T with int8 weights stored in blocks of 1 output x 4 inputs, empty blocks left out.
 
-    Prune with `pattern="1x4"`. x is quantized to 8 bits a row (a convolution: an image).
+    Prune with `pattern="1x4"`.
+
+    Args:
+        activations: "dynamic" or "static", as for `Int8`.
 
     Raises:
-        ValueError: for `activations` other than "dynamic".
+        ValueError: for any other `activations`.
     """
 
     activations: str = "dynamic"
 
     def __post_init__(self) -> None:
-        _check_activations(self.activations, ("dynamic",))
+        _check_activations(self.activations, ("dynamic", "static"))
 
 
 FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Int8, Int4, Sparse, SparseInt8)}

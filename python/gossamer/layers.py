@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,7 +10,60 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.formats import Format
+from gossamer.geometry import PAD_MODES, conv_geometry, conv_matrix, conv_weight, pad_outside, pair
+from gossamer.observed import frozen, observed
 from gossamer.packed import Packed, pack
+
+
+def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None:
+    """The range of a dense layer's input, where the format quantizes by one; else None.
+
+    Raises:
+        ValueError: the layer was not calibrated, or trains for another format.
+    """
+    trained = frozen(module)
+    if trained is not None:
+        if trained.format != format:
+            raise ValueError(f"it trains for {trained.format} and cannot become {format}")
+        return trained.x_range
+    if getattr(format, "activations", "") != "static":
+        return None
+    seen = observed(module)
+    if seen is None:
+        raise ValueError(
+            "static activations need the range of its input, and no calibration reached it: run "
+            "`with gs.calibrate(model): model(x)` first, or give it another format"
+        )
+    return seen.low, seen.high
+
+
+def keep_rounded(module: nn.Module, packed: Packed) -> None:
+    """Keeps a packed weight beside a dense module whose weight equals it, for `from_dense`.
+
+    It is no part of the module's buffers and state_dict; copy.deepcopy takes it along.
+    """
+    vars(module)["_gossamer_rounded"] = packed
+
+
+def pack_dense(module: nn.Module, format: Format) -> Packed:
+    """The packed weight of a dense layer.
+
+    Of one that `qat_` prepared, with its frozen scales; of one that `gptq_` rounded, what was kept
+    beside it, if it still is this weight in this format.
+
+    Raises:
+        ValueError: as `input_range` and `pack`.
+    """
+    weight: Any = module.weight
+    matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight.detach()
+    kept = vars(module).get("_gossamer_rounded")
+    trained, x_range = frozen(module), input_range(module, format)
+    if isinstance(kept, Packed) and kept.format == format:
+        same = torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu())
+        if same:
+            own = copy.deepcopy(kept)
+            return own if x_range is None else own.with_range(*x_range)
+    return pack(matrix, format, x_range, None if trained is None else trained.scale)
 
 
 def _checked_bias(bias: Tensor | None, n: int) -> Tensor | None:
@@ -87,7 +141,7 @@ class Linear(_Layer):
         Raises:
             ValueError: if `packed` has another shape than the layer's weight, or as `pack`.
         """
-        packed = packed or pack(module.weight, format)
+        packed = packed or pack_dense(module, format)
         if (packed.n, packed.k) != (module.out_features, module.in_features):
             raise ValueError(
                 f"the packed weight is {packed.n} x {packed.k}, this layer needs "
@@ -182,19 +236,15 @@ class Conv2d(_Layer):
                 f"the packed weight is {packed.n} x {packed.k}, this convolution needs "
                 f"{out_channels} x {columns}"
             )
-        if padding_mode not in _PAD_MODES:
+        if padding_mode not in PAD_MODES:
             raise ValueError(
-                f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(_PAD_MODES)}"
+                f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(PAD_MODES)}"
             )
         self.in_channels, self.out_channels = in_channels, out_channels
         packed.bind(kernel_size[0] * kernel_size[1], in_channels)
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
-        sides = _padding_sides(padding, kernel_size, dilation)
-        inside = sides if padding_mode == "zeros" else (0, 0, 0, 0)
-        # F.pad takes the last dimension first.
-        self._outside = None if padding_mode == "zeros" else (*sides[2:], *sides[:2])
-        self._conv = [*kernel_size, *stride, *dilation, *inside]
+        self._outside, self._conv = conv_geometry(self)
 
     @classmethod
     def from_dense(
@@ -212,17 +262,17 @@ class Conv2d(_Layer):
         reason = unsupported(module)
         if reason:
             raise ValueError(reason)
-        packed = packed or pack(conv_matrix(module.weight), format)
-        padding = module.padding if isinstance(module.padding, str) else _pair(module.padding)
+        packed = packed or pack_dense(module, format)
+        padding = module.padding if isinstance(module.padding, str) else pair(module.padding)
         return cls(
             packed,
             module.bias,
             module.in_channels,
             module.out_channels,
-            _pair(module.kernel_size),
-            _pair(module.stride),
+            pair(module.kernel_size),
+            pair(module.stride),
             padding,
-            _pair(module.dilation),
+            pair(module.dilation),
             module.padding_mode,
             activation,
         )
@@ -235,8 +285,7 @@ class Conv2d(_Layer):
             )
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
-        if self._outside is not None:
-            batched = nn.functional.pad(batched, self._outside, mode=_PAD_MODES[self.padding_mode])
+        batched = pad_outside(batched, self._outside, self.padding_mode)
         self._check_size(batched)
         y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
         return y if x.dim() == 4 else y.squeeze(0)
@@ -252,8 +301,8 @@ class Conv2d(_Layer):
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""
-        taps = self.packed.unpack().reshape(self.out_channels, *self.kernel_size, -1)
-        return taps[..., : self.in_channels].permute(0, 3, 1, 2).contiguous()
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        return conv_weight(self.packed.unpack(), shape)
 
     def to_dense(self) -> nn.Conv2d:
         """A dense convolution with the weight that is really used, without the activation."""
@@ -289,42 +338,6 @@ class Conv2d(_Layer):
         return ", ".join(
             f"{name}={value}" for name, value in self.geometry().items() if name != "kind"
         )
-
-
-_PAD_MODES = {
-    "zeros": "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
-}
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _padding_sides(
-    padding: tuple[int, int] | str, kernel: tuple[int, int], dilation: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """top, bottom, left, right."""
-    if padding == "valid":
-        return (0, 0, 0, 0)
-    if padding == "same":
-        # As torch: the odd one goes to the end.
-        (top, bottom), (left, right) = (
-            ((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2)
-            for k, d in zip(kernel, dilation, strict=True)
-        )
-        return (top, bottom, left, right)
-    if isinstance(padding, str):
-        raise ValueError(f"padding={padding!r} is unknown: use numbers, 'same' or 'valid'")
-    return (padding[0], padding[0], padding[1], padding[1])
-
-
-def conv_matrix(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
-    taps = weight.detach().permute(0, 2, 3, 1)
-    return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
 
 
 LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

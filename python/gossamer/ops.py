@@ -101,16 +101,17 @@ def _finish(x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, x_affine: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q = clamp(round(x / scale) + zero, 0, 255) for each row of x.
 
     Args:
         x: (..., k) float32, bfloat16 or float16.
+        x_affine: (2) float32, scale and zero point for all rows; None: of each row's own range.
 
     Returns:
         q (..., k) uint8; scale (...) float32, NaN for a row with NaN or Inf; zero (...) int32.
     """
-    return _quantize_rows(_prepare(x, None).detach())
+    return _quantize_rows(_prepare(x, None).detach(), x_affine)
 
 
 def gemm_int8(
@@ -118,22 +119,25 @@ def gemm_int8(
     panels: Tensor,
     scale: Tensor,
     wsum: Tensor,
+    x_affine: Tensor | None,
     bias: Tensor | None,
     k: int,
     activation: int = 0,
     conv: list[int] | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w dense int8 in panels, x quantized to u8 a row on the way.
+    """y = act(x @ w^T + bias), w dense int8 in panels, x quantized to u8 on the way.
 
     Args:
         x: (..., k), or with `conv` (images, channels, height, width); float32, bfloat16, float16.
         panels, scale, wsum: see docs/formats.md, Int8.
+        x_affine: as in `quantize_rows`.
         bias: (n) float32.
         activation: position in ACTIVATIONS.
         conv: kernel, stride, dilation (height, width each), padding (top, bottom, left, right), and
             1 if the result is to be contiguous, 0 for channels_last.
     """
-    return _finish(x, _gemm_int8(_prepare(x, conv), panels, scale, wsum, bias, k, activation, conv))
+    x_ = _prepare(x, conv)
+    return _finish(x, _gemm_int8(x_, panels, scale, wsum, x_affine, bias, k, activation, conv))
 
 
 def gemm_w8(
@@ -193,6 +197,7 @@ def spmm_int8(
     cells: Tensor,
     scale: Tensor,
     wsum: Tensor,
+    x_affine: Tensor | None,
     bias: Tensor | None,
     k: int,
     activation: int = 0,
@@ -200,9 +205,8 @@ def spmm_int8(
 ) -> Tensor:
     """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
     x_ = _prepare(x, conv)
-    return _finish(
-        x, _spmm_int8(x_, values, columns, rows, cells, scale, wsum, bias, k, activation, conv)
-    )
+    weight = (values, columns, rows, cells, scale, wsum)
+    return _finish(x, _spmm_int8(x_, *weight, x_affine, bias, k, activation, conv))
 
 
 def sddmm(
@@ -258,7 +262,7 @@ def _product_like(x: Tensor, n: int, conv: list[int] | None) -> Tensor:
 
 
 @torch.library.register_fake("gossamer::quantize_rows")
-def _(x):
+def _(x, x_affine):
     return (
         x.new_empty(x.shape, dtype=torch.uint8),
         x.new_empty(x.shape[:-1], dtype=torch.float32),
@@ -267,7 +271,7 @@ def _(x):
 
 
 @torch.library.register_fake("gossamer::gemm_int8")
-def _(x, panels, scale, wsum, bias, k, activation, conv):
+def _(x, panels, scale, wsum, x_affine, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
 
 
@@ -287,7 +291,7 @@ def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
 
 
 @torch.library.register_fake("gossamer::spmm_int8")
-def _(x, values, columns, rows, cells, scale, wsum, bias, k, activation, conv):
+def _(x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of measured figures: a roofline, bars of speed-up, quality over minutes of training."""
+"""Pictures of figures: a roofline, bars of speed-up, quality over sparsity and over minutes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def roofline(figures: dict[str, Any], path: Path) -> None:
         for timing in result.timings
         if timing.name in (TORCH_FP32, "fbgemm", *FORMATS)
     ]
+    threads = figures["ceilings"]["threads"]
     title = "Roofline: what each kernel reaches, and what the CPU could"
-    figure, axes = _figure(figures["machine"], limits.threads, title)
+    figure, axes = _figure(f"{title}\n{_machine(figures['machine'], threads)}")
     axes.set(xscale="log", yscale="log")
     axes.set_xlim(
         0.5 * min(intensity for *_, intensity in points),
@@ -83,7 +84,7 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     colour = _colours(results)
     names = [name for name in colour if name != TORCH_FP32]
     threads = figures["ceilings"]["threads"]
-    figure, axes = _figure(figures["machine"], threads, "Times faster than torch fp32")
+    figure, axes = _figure(f"Times faster than torch fp32\n{_machine(figures['machine'], threads)}")
     width = 0.86 / max(1, len(names))
     for index, name in enumerate(names):
         at = [
@@ -109,6 +110,32 @@ def speedup(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def sensitivity(figures: dict[str, Any], path: Path) -> None:
+    """Quality over sparsity, a line for each layer, and the dense model's as a dashed line.
+
+    Args:
+        figures: `dense`, `sparsities` and `layers`, as `Sensitivity.to_json` gives them.
+        path: of the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figure, axes = _figure("Quality with one layer pruned")
+    marks = ("o", "s", "^", "D", "v")
+    for index, layer in enumerate(figures["layers"]):
+        colour, mark = STRONG[index % len(STRONG)], marks[index // len(STRONG) % len(marks)]
+        label = f"{layer['name'] or '(the model)'} ({layer['weights']:,d})"
+        axes.plot(figures["sparsities"], layer["quality"], color=colour, marker=mark, label=label)
+    axes.axhline(figures["dense"], color="black", linewidth=0.8, linestyle="--", label="dense")
+    axes.set_xlabel("share of the layer's weights pruned")
+    axes.set_ylabel("quality")
+    axes.grid(True, linewidth=0.3)
+    columns = 1 + len(figures["layers"]) // 32
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, ncols=columns)
+    figure.subplots_adjust(left=0.07, right=0.86 - 0.14 * columns, top=0.9, bottom=0.09)
+    figure.savefig(path, dpi=100)
+
+
 def curve(figures: dict[str, Any], path: Path) -> None:
     """Quality of a compressed model over minutes of training, and its sparsity then.
 
@@ -121,7 +148,7 @@ def curve(figures: dict[str, Any], path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     about, points = figures["machine"], figures["curve"]
-    figure, axes = _figure(about, about["threads"], figures["title"])
+    figure, axes = _figure(f"{figures['title']}\n{_machine(about, about['threads'])}")
     minutes = [point["minutes"] for point in points]
     zeros = axes.twinx()
     zeros.fill_between(minutes, [p["sparsity"] for p in points], color=PALE[2], alpha=0.5)
@@ -139,7 +166,7 @@ def curve(figures: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _figure(about: dict[str, Any], threads: int, title: str) -> tuple[Any, Any]:
+def _figure(title: str) -> tuple[Any, Any]:
     """A figure without pyplot: no window, no state that outlives it."""
     try:
         from matplotlib.figure import Figure
@@ -147,11 +174,15 @@ def _figure(about: dict[str, Any], threads: int, title: str) -> tuple[Any, Any]:
         raise ImportError(
             "plots need matplotlib, which is not installed: pip install matplotlib"
         ) from error
-    machine = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
     figure = Figure(figsize=(12, 6))
     axes = figure.add_subplot()
-    axes.set_title(f"{title}\n{machine}, torch {about['torch']}", fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     return figure, axes
+
+
+def _machine(about: dict[str, Any], threads: int) -> str:
+    what = f"{about['cpu']}, {about['isa']}, {threads} thread{'s' * (threads > 1)}"
+    return f"{what}, torch {about['torch']}"
 
 
 def _draw_ceilings(axes: Any, limits: Ceilings, low: float, high: float) -> None:

@@ -31,7 +31,7 @@ def activate(y: Tensor, activation: str) -> Tensor:
     return functions[activation](y)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_rows(x: Tensor, x_affine: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """q = clamp(round(x / scale) + zero, 0, 255) a row, so that x ~ (q - zero) * scale.
 
     Every step is one float32 operation, because its bits are the contract: the same q on every CPU.
@@ -39,6 +39,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Args:
         x: (..., k) float32, bfloat16 or float16, k >= 1.
+        x_affine: (2) float32, scale and zero point for all rows; None: of each row's own range.
 
     Returns:
         q (..., k) uint8, scale (...) float32, zero (...) int32.
@@ -50,16 +51,23 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x.float()
     finite = torch.isfinite(x).all(-1)
     x = torch.where(finite[..., None], x, 0.0)
-    low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
-    scale = (high / 255 - low / 255).clamp(min=2.0**-126)
-    inverse = 1 / scale
-    zero = (-low * inverse).round()
-    q = ((x * inverse[..., None]).round() + zero[..., None]).clamp(0, 255)
+    if x_affine is None:
+        low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
+        scale = (high / 255 - low / 255).clamp(min=2.0**-126)
+        zero = (-low * (1 / scale)).round()
+    else:
+        scale, zero = x_affine[0].expand_as(finite), torch.where(finite, x_affine[1], 0.0)
+    q = ((x * (1 / scale)[..., None]).round() + zero[..., None]).clamp(0, 255)
     return q.to(torch.uint8), torch.where(finite, scale, torch.nan), zero.to(torch.int32)
 
 
 def gemm_int8(
-    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    x_affine: Tensor | None = None,
 ) -> Tensor:
     """y = act(sum((x_q - zero) * q) * x_scale * scale + bias).
 
@@ -71,6 +79,7 @@ def gemm_int8(
         scale: (n) float32, of each output of q.
         bias: (n) float32.
         activation: see `activate`.
+        x_affine: see `quantize_rows`.
 
     Returns:
         (..., n) float64.
@@ -78,7 +87,7 @@ def gemm_int8(
     >>> gemm_int8(torch.tensor([[0.0, 255.0]]), torch.tensor([[1, 2]]), torch.ones(1))
     tensor([[510.]], dtype=torch.float64)
     """
-    x_q, x_scale, zero = quantize_rows(x)
+    x_q, x_scale, zero = quantize_rows(x, x_affine)
     sums = (x_q.double() - zero.double()[..., None]) @ q.double().T
     y = sums * (x_scale.double()[..., None] * scale.double())
     return activate(y if bias is None else y + bias.double(), activation)
@@ -116,10 +125,15 @@ def spmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str 
 
 
 def spmm_int8(
-    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    x_affine: Tensor | None = None,
 ) -> Tensor:
     """`gemm_int8`: blocks that are not stored are zeros, which add nothing to an exact sum."""
-    return gemm_int8(x, q, scale, bias, activation)
+    return gemm_int8(x, q, scale, bias, activation, x_affine)
 
 
 def sddmm(x: Tensor, dy: Tensor) -> Tensor:

@@ -58,6 +58,20 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within: nn.MultiheadAttention and the transformer layers call their submodules, always.
+
+    In eval mode torch calls one fused kernel on the weights instead, and no hook of theirs runs.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def interleave(calls: Sequence[Call], rounds: int) -> list[list[float]]:
     """Milliseconds of each call in each round, after one unmeasured round; -> [call][round]."""
     for call in calls:

@@ -104,8 +104,9 @@ class Run {
     Guarded<uint8_t> q(p.x.rows * stride, side_);
     Guarded<float> scale(p.x.rows, side_);
     Guarded<int32_t> zero(p.x.rows, side_);
-    table_.quantize_rows({x.data(), p.x.k + p.gap, p.dtype, p.x.rows}, p.weight.k, q.data(), stride,
-                         scale.data(), zero.data());
+    table_.quantize_rows({x.data(), p.x.k + p.gap, p.dtype, p.x.rows}, p.weight.k,
+                         {p.given.scale, p.given.zero}, q.data(), stride, scale.data(),
+                         zero.data());
     const Guarded<uint8_t> read_only(q.values(), side_);
     finish(p, arithmetic, scratch_bytes, [&](const Destination& to, void* scratch) {
       multiply(QuantizedTile{read_only.data(), stride, scale.data(), zero.data(), p.x.rows}, to,

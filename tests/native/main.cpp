@@ -66,7 +66,8 @@ std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands
   const Guarded<char> x(p.encoded_x(), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
-  const gossamer_input input{x.data(), p.dtype, p.x.rows, p.x.k + p.gap, p.conv};
+  const gossamer_input input{x.data(), p.dtype,       p.x.rows,    p.x.k + p.gap,
+                             p.conv,   p.given.scale, p.given.zero};
   const gossamer_output output{y.data(), p.weight.n + p.gap, p.planar, bias.data(), p.activation};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
   return y.values();
@@ -111,7 +112,8 @@ void check_quantize_rows(const Product& p) {
       Guarded<uint8_t> q(rows * stride, side);
       Guarded<float> scale(rows, side);
       Guarded<int32_t> zero(rows, side);
-      const gossamer_input input{x.data(), p.dtype, rows, stride, nullptr};
+      const gossamer_input input{x.data(), p.dtype,       rows,        stride,
+                                 nullptr,  p.given.scale, p.given.zero};
       require_ok(gossamer_quantize_rows(&input, k, q.data(), stride, scale.data(), zero.data(),
                                         backwards));
       for (int64_t r = 0; r < rows; ++r) {
@@ -132,7 +134,7 @@ void check_im2col(const Product& p) {
     for (const Side side : kSides) {
       const Guarded<char> x(p.encoded_x(), side);
       Guarded<char> rows(p.line_count() * k * size, side);
-      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv};
+      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv, 0, 0};
       require_ok(gossamer_im2col(&input, rows.data(), backwards));
       for (int64_t r = 0; r < p.line_count(); ++r)
         for (int64_t i = 0; i < k; ++i)
@@ -161,9 +163,11 @@ int64_t check_shapes(std::mt19937& random) {
                     static_cast<gossamer_activation>(checked % 4),
                     false,
                     checked % 2 * 3};
-    check_products(p);
-    check_quantize_rows(p);
-    check_kernels(p);
+    for (const Product& product : {p, p.with_a_range()}) {
+      check_products(product);
+      check_quantize_rows(product);
+      check_kernels(product);
+    }
     check_gradient(p, backwards, random);
     ++checked;
   }
@@ -188,6 +192,7 @@ int64_t check_convolutions(std::mt19937& random) {
                       planar,
                       0};
       check_products(p);
+      check_products(p.with_a_range());
       if (!planar) check_im2col(p);
       if (!planar) check_gradient(p, backwards, random);
       ++checked;

@@ -33,7 +33,16 @@ struct Product {
   gossamer_dtype dtype;
   gossamer_activation activation;
   bool planar;
-  int64_t gap;  // elements between two rows
+  int64_t gap;            // elements between two rows
+  Quantized given{0, 0};  // of all lines; a scale of 0: each has its own
+
+  // The same with one range for all lines, which cuts off about half of random_matrix.
+  Product with_a_range() const {
+    Product p = *this;
+    p.given = {0x1p-6f, 77};
+    for (Line& line : p.lines) line.quantized = p.given;
+    return p;
+  }
 
   int64_t line_count() const { return static_cast<int64_t>(lines.size()); }
   // Elements from the first to behind the last of rows of `length`.

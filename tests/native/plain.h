@@ -66,10 +66,11 @@ struct Quantized {
     scale = std::max(high / 255 - low / 255, 0x1p-126f);
     zero = static_cast<int32_t>(nearbyintf(-low * (1 / scale)));
   }
+  Quantized(float given_scale, int32_t given_zero) : scale(given_scale), zero(given_zero) {}
+
   uint8_t operator()(float x) const {
-    const float inverse = 1 / scale;
-    return static_cast<uint8_t>(
-        std::clamp(static_cast<int32_t>(nearbyintf(x * inverse)) + zero, 0, 255));
+    const float steps = nearbyintf(x * (1 / scale));
+    return static_cast<uint8_t>(std::clamp(steps + static_cast<float>(zero), 0.0f, 255.0f));
   }
 };
 

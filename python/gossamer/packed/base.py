@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
+from .affine import affine_of, check_affine
+
 MAX_K = 65536
 
 
@@ -36,12 +38,35 @@ class Packed(nn.Module):
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
         super().__init__()
         self.n, self.k, self.format = n, k, format
-        for name in self.BUFFERS:
-            self.register_buffer(name, buffers[name])
+        for name in self.buffers_of(format):
+            self.register_buffer(name, buffers.get(name))
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(
+        cls,
+        weight: Tensor,
+        format: Format,
+        scale: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Packed:
         raise NotImplementedError
+
+    @classmethod
+    def buffers_of(cls, format: Format) -> dict[str, torch.dtype]:
+        """The buffers of such a weight, by name."""
+        static = getattr(format, "activations", "") == "static"
+        return {**cls.BUFFERS, **({"x_affine": torch.float32} if static else {})}
+
+    def with_range(self, low: float, high: float) -> Packed:
+        """The same weight, in the same memory, whose inputs are quantized by the range low .. high.
+
+        Raises:
+            ValueError: the range is empty or not finite, or the format has no such range.
+        """
+        if "x_affine" not in self.buffers_of(self.format):
+            raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
+        buffers = {**self._tensors(), "x_affine": affine_of(low, high)}
+        return type(self)(self.n, self.k, self.format, buffers)
 
     @classmethod
     def from_buffers(cls, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
@@ -52,12 +77,12 @@ class Packed(nn.Module):
                 makes.
         """
         check_sizes(n, k)
-        if set(buffers) != set(cls.BUFFERS):
+        expected = cls.buffers_of(format)
+        if set(buffers) != set(expected):
             raise ValueError(
-                f"{format.name} has the buffers {sorted(cls.BUFFERS)}, "
-                f"the file has {sorted(buffers)}"
+                f"{format.name} has the buffers {sorted(expected)}, the file has {sorted(buffers)}"
             )
-        for name, dtype in cls.BUFFERS.items():
+        for name, dtype in expected.items():
             buffer = buffers[name]
             if not isinstance(buffer, Tensor) or buffer.is_meta or buffer.layout != torch.strided:
                 raise ValueError(f"buffer {name} is not a dense tensor that holds data")
@@ -66,6 +91,8 @@ class Packed(nn.Module):
         clean = {name: b.detach().cpu().contiguous() for name, b in buffers.items()}
         packed = cls(n, k, format, clean)
         packed._validate()
+        if "x_affine" in expected:
+            check_affine(clean["x_affine"])
         return packed
 
     def _validate(self) -> None:
@@ -85,7 +112,7 @@ class Packed(nn.Module):
 
         They may hold another number of non-zeros than those they replace.
         """
-        names = {prefix + name: name for name in self.BUFFERS}
+        names = {prefix + name: name for name in self.buffers_of(self.format)}
         missing = [key for key in names if key not in state_dict]
         missing_keys += missing
         if strict:
@@ -102,7 +129,7 @@ class Packed(nn.Module):
 
     def _adopt(self, loaded: Packed) -> None:
         """Takes over what `loaded`, of the same class, n and k, holds."""
-        for name in self.BUFFERS:
+        for name in self.buffers_of(self.format):
             setattr(self, name, getattr(loaded, name).clone())
 
     def bind(self, taps: int, channels: int) -> None:
@@ -164,7 +191,7 @@ def check_sizes(n: int, k: int) -> None:
         raise ValueError(f"k={k} overflows int32 (limit {MAX_K}): split the layer")
 
 
-def checked_weight(weight: Tensor) -> Tensor:
+def checked_weight(weight: Tensor, hessian: Tensor | None = None) -> Tensor:
     """A weight as float32 (n, k), or the sentence that says why it cannot be packed."""
     if weight.dim() != 2:
         raise ValueError(f"a weight must be (n, k), got shape {tuple(weight.shape)}")
@@ -177,5 +204,10 @@ def checked_weight(weight: Tensor) -> Tensor:
     if not torch.isfinite(weight).all():
         raise ValueError(
             "the weight holds a NaN or an Inf: it cannot be quantized or pruned soundly"
+        )
+    if hessian is not None and hessian.shape != 2 * weight.shape[1:]:
+        raise ValueError(
+            f"the Hessian is {tuple(hessian.shape)}, a weight of {weight.shape[1]} inputs needs "
+            f"({weight.shape[1]}, {weight.shape[1]})"
         )
     return weight

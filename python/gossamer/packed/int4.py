@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.formats import Format, Int4
+from gossamer.obs import inverse_factor, walk
 
 from .base import Packed, checked_weight, round_up
 from .int8 import PANEL
@@ -63,6 +64,32 @@ def quantize_groups(v: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return codes, scale.to(torch.int8)
 
 
+def _gptq_groups(
+    weight: Tensor, hessian: Tensor, scale: Tensor, group: int, limit: int
+) -> tuple[Tensor, Tensor]:
+    """Codes (n, k) uint8 and group scales (n, groups) int8 by GPTQ.
+
+    A group's scale is that of `quantize_groups` for the weights that the walk finds there when it
+    comes to the group: they hold what the columns before lost.
+    """
+    (n, k), values = weight.shape, VALUES.float()
+    codes = torch.empty(k, n, dtype=torch.uint8)
+    scales = torch.empty(round_up(k, group) // group, n, dtype=torch.int8)
+
+    def decide(j: int, ahead: Tensor) -> Tensor:
+        if j % group == 0:
+            own = (ahead[:group] / scale).t()
+            own = nn.functional.pad(own, (0, group - own.shape[1])).contiguous()
+            scales[j // group] = quantize_groups(own, limit)[1].squeeze(1)
+        step = scales[j // group].float()
+        nearest = _CODES.index_select(0, _places(ahead[0] / scale / step))
+        codes[j] = nearest
+        return values[nearest] * step * scale
+
+    walk(weight, inverse_factor(hessian), decide)
+    return codes.t().contiguous(), scales.t().contiguous()
+
+
 class PackedInt4(Packed):
     """`Int4`: integers times the values behind 4-bit codes."""
 
@@ -81,33 +108,41 @@ class PackedInt4(Packed):
     }
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
+    def pack(
+        cls,
+        weight: Tensor,
+        format: Format,
+        scale: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Packed:
         assert isinstance(format, Int4)
-        weight = checked_weight(weight)
+        weight = checked_weight(weight, hessian)
         (n, k), group = weight.shape, format.group
         limit = min(127, SCALE_LIMIT // group)
         # The scale of a group is at most that of the largest weight at the smallest peak.
         scale = weight.abs().amax(1) / (limit * min(map(abs, PEAKS)))
         # An output of zeros, or of denormals that a float cannot divide by: any scale does.
         scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
-        whole = nn.functional.pad(
-            weight / scale[:, None], (0, round_up(k, STEP) - k, 0, round_up(n, PANEL) - n)
-        )
-        parts = [quantize_groups(v, limit) for v in whole.view(-1, group).split(CHUNK // group)]
-        codes = torch.cat([part[0] for part in parts]).view(-1, PANEL, whole.shape[1] // LINE, 2, 4)
-        lines = codes[..., 0, :] | codes[..., 1, :] << 4
-        scales = torch.cat([part[1] for part in parts]).view(-1, PANEL, whole.shape[1] // group)
-        packed = cls(
-            n,
-            k,
-            format,
-            {
-                "panels": lines.transpose(1, 2).contiguous(),
-                "group_scale": scales.transpose(1, 2).contiguous(),
-                "scale": scale,
-                "wsum": torch.zeros(n, dtype=torch.int32),
-            },
-        )
+        more = round_up(k, STEP) - k, round_up(n, PANEL) - n
+        if hessian is None:
+            whole = nn.functional.pad(weight / scale[:, None], (0, more[0], 0, more[1]))
+            parts = [quantize_groups(v, limit) for v in whole.view(-1, group).split(CHUNK // group)]
+            codes = torch.cat([part[0] for part in parts]).view(whole.shape)
+            scales = torch.cat([part[1] for part in parts]).view(len(whole), -1)
+        else:
+            codes, scales = _gptq_groups(weight, hessian, scale, group, limit)
+            codes = nn.functional.pad(codes, (0, more[0], 0, more[1]), value=ZERO)
+            empty = codes.shape[1] // group - scales.shape[1]
+            scales = nn.functional.pad(scales, (0, empty, 0, more[1]), value=1)
+        lines = codes.view(-1, PANEL, codes.shape[1] // LINE, 2, 4)
+        lines = lines[..., 0, :] | lines[..., 1, :] << 4
+        buffers = {
+            "panels": lines.transpose(1, 2).contiguous(),
+            "group_scale": scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous(),
+            "scale": scale,
+            "wsum": torch.zeros(n, dtype=torch.int32),
+        }
+        packed = cls(n, k, format, buffers)
         packed.wsum = packed._integers().sum(1, dtype=torch.int32)
         return packed
 

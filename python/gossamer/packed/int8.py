@@ -11,7 +11,16 @@ from gossamer import ops
 from gossamer.formats import Format
 
 from .base import Packed, checked_weight, round_up
-from .lanes import check_lanes, check_scale, check_wsum, lanes_of, quantize_lanes, unlanes
+from .lanes import (
+    check_lanes,
+    check_scale,
+    check_wsum,
+    gptq_lanes,
+    lane_scale,
+    lanes_of,
+    quantize_lanes,
+    unlanes,
+)
 
 PANEL = 16  # outputs in a panel
 STEP = 8  # inputs whose products share 16-bit lanes, two by two
@@ -24,15 +33,28 @@ class _Int8Panels(Packed):
     scale: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
-        weight = checked_weight(weight)
-        n, k = weight.shape
-        padded = nn.functional.pad(weight, (0, round_up(k, STEP) - k))
-        outputs = torch.arange(n).repeat_interleave(padded.shape[1] // 4)
-        lanes, scale = quantize_lanes(lanes_of(padded), outputs, n)
-        q = unlanes(lanes, n, padded.shape[1])
+    def pack(
+        cls,
+        weight: Tensor,
+        format: Format,
+        scale: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Packed:
+        weight = checked_weight(weight, hessian)
+        (n, k), inputs = weight.shape, round_up(weight.shape[1], STEP)
+        lanes = lanes_of(nn.functional.pad(weight, (0, inputs - k)))
+        outputs = torch.arange(n).repeat_interleave(inputs // 4)
+        if hessian is None:
+            lanes, scale = quantize_lanes(lanes, outputs, n, scale)
+            q = unlanes(lanes, n, inputs)
+        else:
+            scale = lane_scale(lanes, outputs, n) if scale is None else scale
+            lane = unlanes(torch.arange(len(lanes))[:, None].expand(-1, 4), n, inputs)
+            q = gptq_lanes(weight, hessian, lane[:, :k], scale)
+            q = nn.functional.pad(q, (0, inputs - k))
         whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
-        panels = whole.reshape(-1, PANEL, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        words = whole.view(torch.int32).view(-1, PANEL, inputs // 4)
+        panels = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
         buffers = {"panels": panels, "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
         return cls(n, k, format, {name: buffers[name] for name in cls.BUFFERS})
 
@@ -59,7 +81,7 @@ class _Int8Panels(Packed):
 
 
 class PackedInt8(_Int8Panels):
-    """`Int8(activations="dynamic")`: integers times integers."""
+    """`Int8(activations="dynamic")` and `"static"`: integers times integers."""
 
     wsum: Tensor
 
@@ -74,7 +96,10 @@ class PackedInt8(_Int8Panels):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        return ops.gemm_int8(x, b["panels"], b["scale"], b["wsum"], bias, self.k, activation, conv)
+        affine = b.get("x_affine")
+        return ops.gemm_int8(
+            x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
+        )
 
 
 class PackedW8(_Int8Panels):

@@ -5,35 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gossamer.obs import inverse_factor, walk
+
 # Four weights whose products one 16-bit lane sums: 255 * 128 fits in int16, for either sign.
 LANE_LIMIT = 128
 
 
-def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def quantize_lanes(
+    lanes: Tensor, outputs: Tensor, n: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Symmetric int8 such that no lane can overflow 16 bits.
 
     A lane is the set of four weights whose u8 x s8 products a CPU without a 4-way dot sums in
     int16. The scale of an output is the smallest for which every weight fits in 127 and, of every
     lane, the positive weights together in 128 and the negative ones too, so that
     255 * 128 <= 32767 (docs/formats.md derives it). Rounding may overshoot 128 by one or two: the
-    weight that gained most by it gives that back.
+    weight that gained most by it gives that back. With a scale that is given instead, the weights
+    of a sign that are too much for their lane all shrink by what is too much.
 
     Args:
         lanes: (lanes, 4) float32.
         outputs: (lanes) int64, the output each lane belongs to.
         n: number of outputs.
+        scale: (n) float32, if it is not to be chosen.
 
     Returns:
         q (lanes, 4) int8, scale (n) float32.
     """
-    # Divided first: four of the largest floats would overflow.
-    share = lanes / LANE_LIMIT
-    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
-    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
-    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
-    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
-    scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
-    exact = lanes / scale[outputs, None]
+    if scale is None:
+        scale = lane_scale(lanes, outputs, n)
+        exact = lanes / scale[outputs, None]
+    else:
+        exact = _cut_off(lanes / scale[outputs, None])
     q = exact.round().clamp_(-127, 127)
     for sign in (1, -1):
         over = _overflowing(q, sign).nonzero().squeeze(1)
@@ -44,6 +47,54 @@ def quantize_lanes(lanes: Tensor, outputs: Tensor, n: int) -> tuple[Tensor, Tens
             q[over] = part * sign
             over = over[_overflowing(q[over], sign)]
     return q.to(torch.int8), scale
+
+
+def lane_scale(lanes: Tensor, outputs: Tensor, n: int) -> Tensor:
+    """The scales (n) of `quantize_lanes`."""
+    # Divided first: four of the largest floats would overflow.
+    share = lanes / LANE_LIMIT
+    positive, negative = share.clamp(min=0).sum(1), share.clamp(max=0).sum(1).neg()
+    need = torch.maximum(lanes.abs().amax(1) / 127, torch.maximum(positive, negative))
+    scale = torch.zeros(n).scatter_reduce_(0, outputs, need, "amax")
+    # An output of zeros, or of denormals that a float cannot divide by: any scale does.
+    return torch.where(scale < 2.0**-120, torch.ones(()), scale)
+
+
+def _cut_off(exact: Tensor) -> Tensor:
+    """Lanes whose weights of either sign sum to LANE_LIMIT at most, and no more than 127 each."""
+    exact = exact.clamp(-127, 127)
+    positive, negative = exact.clamp(min=0), exact.clamp(max=0)
+    up = LANE_LIMIT / positive.sum(1, keepdim=True).clamp(min=LANE_LIMIT)
+    down = LANE_LIMIT / negative.sum(1, keepdim=True).neg().clamp(min=LANE_LIMIT)
+    return positive * up + negative * down
+
+
+def gptq_lanes(weight: Tensor, hessian: Tensor, lane: Tensor, scale: Tensor) -> Tensor:
+    """Like `quantize_lanes`, but column by column, the next columns making up for the rounding.
+
+    Args:
+        weight: (n, k) float32.
+        hessian: (k, k), see `gossamer.obs`.
+        lane: (n, k) int64, the lane of each weight; -1 where the weight is not stored.
+        scale: (n).
+
+    Returns:
+        q (n, k) int8.
+    """
+    # What each lane may still hold, of positive and of negative weights; lane -1 holds nothing.
+    room = torch.full((2, int(lane.max()) + 2), float(LANE_LIMIT))
+    room[:, -1] = 0
+
+    def decide(j: int, ahead: Tensor) -> Tensor:
+        own = lane[:, j]
+        above, below = room[:, own].clamp_(max=127)
+        q = (ahead[0] / scale).round_().clamp_(-below, above)
+        # No two outputs share a lane, but for -1, of which nothing is taken.
+        room[0, own] -= q.clamp(min=0)
+        room[1, own] += q.clamp(max=0)
+        return q * scale
+
+    return (walk(weight, inverse_factor(hessian), decide) / scale[:, None]).round_().to(torch.int8)
 
 
 def _overflowing(lanes: Tensor, sign: int) -> Tensor:
@@ -76,9 +127,19 @@ def check_wsum(wsum: Tensor, q: Tensor) -> None:
 
 def lanes_of(q: Tensor) -> Tensor:
     """(n, k) with k a multiple of 8 -> (n * k / 4, 4): inputs 0 1 4 5 and 2 3 6 7 of every 8."""
-    return q.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(-1, 4)
+    return _swap_pairs(q).view(-1, 4)
 
 
 def unlanes(lanes: Tensor, n: int, k: int) -> Tensor:
     """The inverse of `lanes_of`: (n * k / 4, 4) -> (n, k)."""
-    return lanes.reshape(-1, 2, 2, 2).transpose(1, 2).reshape(n, k)
+    return _swap_pairs(lanes).view(n, k)
+
+
+# Two weights as one number: half as many to move.
+_PAIR = {1: torch.int16, 4: torch.int64}
+
+
+def _swap_pairs(q: Tensor) -> Tensor:
+    """Of every 8 in a row the second pair and the third change places; rows of 8."""
+    pairs = q.reshape(-1, 8).view(_PAIR[q.element_size()])
+    return pairs.view(-1, 2, 2).transpose(1, 2).reshape(-1, 4).view(q.dtype)

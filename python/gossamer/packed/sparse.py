@@ -12,7 +12,15 @@ from gossamer.formats import Format
 
 from .base import Packed, checked_weight, round_up
 from .index import INDEX_BUFFERS, Index, build_index, check_index, entry_places
-from .lanes import check_lanes, check_scale, lanes_of, quantize_lanes, unlanes
+from .lanes import (
+    check_lanes,
+    check_scale,
+    gptq_lanes,
+    lane_scale,
+    lanes_of,
+    quantize_lanes,
+    unlanes,
+)
 
 
 class _Indexed(Packed):
@@ -34,8 +42,14 @@ class PackedSparse(_Indexed):
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
-        weight = checked_weight(weight)
+    def pack(
+        cls,
+        weight: Tensor,
+        format: Format,
+        scale: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Packed:
+        weight = checked_weight(weight, hessian)
         n, k = weight.shape
         mask = weight != 0
         index, entry = build_index(mask, 1)
@@ -78,8 +92,14 @@ class PackedSparseInt8(_Indexed):
     }
 
     @classmethod
-    def pack(cls, weight: Tensor, format: Format) -> Packed:
-        weight = checked_weight(weight)
+    def pack(
+        cls,
+        weight: Tensor,
+        format: Format,
+        scale: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Packed:
+        weight = checked_weight(weight, hessian)
         n, k = weight.shape
         blocks = nn.functional.pad(weight, (0, round_up(k, 4) - k)).reshape(n, -1, 4)
         mask = (blocks != 0).any(2)
@@ -89,10 +109,18 @@ class PackedSparseInt8(_Indexed):
         outputs = torch.empty(len(values), dtype=torch.int64)
         outputs[entry] = mask.nonzero(as_tuple=True)[0]
         # A pair of entries shares its lanes; the first of a pair is never padding.
-        lanes, scale = quantize_lanes(
-            lanes_of(values.reshape(-1, 8)), outputs[::2].repeat_interleave(2), n
-        )
-        q = unlanes(lanes, len(values), 4) if len(values) else lanes.reshape(0, 4)
+        lanes, owners = lanes_of(values.reshape(-1, 8)), outputs[::2].repeat_interleave(2)
+        if hessian is None:
+            lanes, scale = quantize_lanes(lanes, owners, n, scale)
+            q = unlanes(lanes, len(values), 4) if len(values) else lanes.reshape(0, 4)
+        else:
+            scale = lane_scale(lanes, owners, n) if scale is None else scale
+            ids = unlanes(torch.arange(len(lanes))[:, None].expand(-1, 4), len(values), 4)
+            lane = torch.full(blocks.shape, -1)
+            lane[mask] = ids[entry]
+            whole = gptq_lanes(weight, hessian, lane.flatten(1)[:, :k], scale)
+            q = torch.zeros(len(values), 4, dtype=torch.int8)
+            q[entry] = nn.functional.pad(whole, (0, -k % 4)).view_as(blocks)[mask]
         wsum = torch.zeros(n, dtype=torch.int32)
         wsum.index_add_(0, outputs[entry], q[entry].sum(1, dtype=torch.int32))
         return cls(n, k, format, {"values": q, **index._asdict(), "scale": scale, "wsum": wsum})
@@ -115,7 +143,7 @@ class PackedSparseInt8(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        return ops.spmm_int8(x, *weight, bias, self.k, activation, conv)
+        return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
 
     def unpack(self) -> Tensor:
         weight = torch.zeros(self.n, round_up(self.k, 4))

@@ -1,0 +1,80 @@
+"""Convolutions as products of matrices: their geometry, their rows and their weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer import ops
+
+PAD_MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+}
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """Both directions' setting, of a number or of two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _padding_sides(
+    padding: tuple[int, int] | str, kernel: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """top, bottom, left, right."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        # As torch: the odd one goes to the end.
+        (top, bottom), (left, right) = (
+            ((d * (k - 1)) // 2, d * (k - 1) - (d * (k - 1)) // 2)
+            for k, d in zip(kernel, dilation, strict=True)
+        )
+        return (top, bottom, left, right)
+    if isinstance(padding, str):
+        raise ValueError(f"padding={padding!r} is unknown: use numbers, 'same' or 'valid'")
+    return (padding[0], padding[0], padding[1], padding[1])
+
+
+def conv_geometry(conv: Any) -> tuple[list[int] | None, list[int]]:
+    """What F.pad adds outside of the kernel (None: nothing), and the ten integers for the ops."""
+    kernel, dilation = pair(conv.kernel_size), pair(conv.dilation)
+    padding = conv.padding if isinstance(conv.padding, str) else pair(conv.padding)
+    sides = _padding_sides(padding, kernel, dilation)
+    numbers = [*kernel, *pair(conv.stride), *dilation]
+    if conv.padding_mode == "zeros":
+        return None, [*numbers, *sides]
+    # F.pad takes the last dimension first.
+    return [*sides[2:], *sides[:2]], [*numbers, 0, 0, 0, 0]
+
+
+def pad_outside(x: Tensor, outside: list[int] | None, padding_mode: str) -> Tensor:
+    """x with the padding that no kernel knows: all but zeros."""
+    return x if outside is None else nn.functional.pad(x, outside, mode=PAD_MODES[padding_mode])
+
+
+def conv_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The rows that `conv` multiplies `conv_matrix` of its weight with, one an output pixel.
+
+    >>> import torch
+    >>> conv_rows(nn.Conv2d(3, 5, 2), torch.zeros(1, 3, 4, 4)).shape
+    torch.Size([9, 16])
+    """
+    batched = x if x.dim() == 4 else x.unsqueeze(0)
+    outside, numbers = conv_geometry(conv)
+    return ops.im2col(pad_outside(batched, outside, conv.padding_mode), [*numbers, 1])
+
+
+def conv_matrix(weight: Tensor) -> Tensor:
+    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
+    taps = weight.detach().permute(0, 2, 3, 1)
+    return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
+
+
+def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `conv_matrix`: a weight of the shape (out, in, kh, kw)."""
+    taps = matrix.reshape(shape[0], *shape[2:], -1)
+    return taps[..., : shape[1]].permute(0, 3, 1, 2).contiguous()

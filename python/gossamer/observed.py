@@ -1,0 +1,62 @@
+"""What calibration and quantization-aware training leave on a module, as plain attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .formats import Format
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """Statistics of the rows x that a layer multiplied while it was calibrated.
+
+    k is the width of the matrix that the layer packs: nn.Linear has in_features, nn.Conv2d the
+    columns of `layers.conv_matrix`, (kh * kw * channels up to 4), and a row for each output pixel.
+
+    Attributes:
+        rows: how many there were.
+        mean: (k) float32.
+        square: (k) float32, the mean of x^2.
+        absmax: (k) float32, the largest |x|.
+        low, high: low <= 0 <= high, the range for static quantization, of the whole tensor.
+        hessian: (k, k) float32, the mean of x x^T; None unless it was asked for.
+    """
+
+    rows: int
+    mean: Tensor
+    square: Tensor
+    absmax: Tensor
+    low: float
+    high: float
+    hessian: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """What quantization-aware training fixes of a layer when it begins.
+
+    Attributes:
+        format: what the layer will be packed to.
+        scale: (n) float32, of each output's integers.
+        x_range: the range of its input, of static activations; else None.
+    """
+
+    format: Format
+    scale: Tensor
+    x_range: tuple[float, float] | None
+
+
+def frozen(module: nn.Module) -> Frozen | None:
+    """What `qat_` fixed of this module, or None."""
+    found: Any = getattr(module, "_gossamer_frozen", None)
+    return found if isinstance(found, Frozen) else None
+
+
+def observed(module: nn.Module) -> Observed | None:
+    """What `calibrate` saw go into this module; None if it was not calibrated or did not run."""
+    found: Any = getattr(module, "_gossamer_observed", None)
+    return found if isinstance(found, Observed) else None
