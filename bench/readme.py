@@ -45,7 +45,11 @@ def minilm(figures: dict[str, Any]) -> list[list[str]]:
     rows = [["", "Spearman", "mean cosine", "p50"]]
     for name in sorted(models, key=lambda name: not name.startswith("torch")):
         ours, own = name.removeprefix("gossamer "), models[name]
-        title = name if ours == name else f"Gossamer `{ours.capitalize()}`"
+        title = (
+            name
+            if ours == name
+            else f"Gossamer `{ours.capitalize()}`".replace(" static`", "` static")
+        )
         title += " (quantize_dynamic)" * (name == "torch int8")
         speed = f"{own['p50_ms']:.0f} ms ({fp32 / own['p50_ms']:.2f}x)"
         rows.append([title, f"{own['spearman']:.4f}", f"{own['mean_cosine']:.4f}", speed])
