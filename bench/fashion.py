@@ -54,7 +54,8 @@ class Recipe:
     batch: int = 128
     rate: float = 3e-3
     temperature: float = 4.0
-    hard: float = 1.0  # weight of the labels beside the teacher's logits
+    teacher: float = 0.1  # weight of the teacher's logits: at 1.0 they hold a pruned model back
+    hard: float = 1.0  # weight of the labels
     pruning: float = 0.5  # share of the steps; the others train what is left
     images: int | None = None  # to train with; default all
 
@@ -99,13 +100,11 @@ class RandomPruner(gs.Pruner):
 
     @cached_property
     def _noise(self) -> dict[str, Tensor]:
-        return {name: torch.randn(mask.shape) for name, mask in self.masks.items()}
+        return {name: torch.rand(mask.shape) for name, mask in self.masks.items()}
 
-    def _advance(self, due: float) -> None:
-        if due > self._due:
-            self.masks = choose(self._noise, self.masks, due, self._pattern, self._scope)
-            self._due = due
-        self._apply()
+    def _choose(self, share: float) -> dict[str, Tensor]:
+        due = {name: share * goal for name, goal in self._targets.items()}
+        return choose(self._noise, self.masks, due, self._pattern, "layer")
 
 
 def student() -> TextbookCNN:
@@ -129,6 +128,7 @@ class Row:
         disturb: what to make of the teacher.
         sparsity: share of the blocks of 1x4 that go meanwhile.
         pruner: the class that chooses the blocks.
+        prepare: what is done with the model and the training images before it is trained.
         packed: formats by pattern of the finished model.
         within: points that the mean may lie below the yardstick's.
         recipe: how it is trained.
@@ -142,6 +142,7 @@ class Row:
     disturb: Callable[[nn.Module], nn.Module] | None = None
     sparsity: float = 0.0
     pruner: type[gs.Pruner] = gs.Pruner
+    prepare: Callable[[nn.Module, Images], object] | None = None
     packed: Any = None
     within: float | None = None
     recipe: Recipe = Recipe()
@@ -153,13 +154,39 @@ def pruned(title: str, sparsity: float, **more: Any) -> Row:
 
 
 YARDSTICK = "dense, further"
+STATIC = gs.Int8(activations="static")
+
+
+def calibrated(model: nn.Module, data: Images) -> None:
+    """Observes the inputs of every layer on a thousand images."""
+    with gs.calibrate(model), torch.no_grad():
+        model(data.batch(torch.arange(min(1000, len(data.y))))[0])
+
+
+def quantized(model: nn.Module, data: Images) -> None:
+    """From here on the forward passes are static int8."""
+    calibrated(model, data)
+    gs.qat_(model, STATIC)
+
+
 CONTROLS = ("90 shuffled", "90 random")
 # With all images and three epochs the student has no room for what a teacher adds.
-SMALL = Recipe(epochs=20, images=6000)
+SMALL = Recipe(epochs=20, images=6000, teacher=1.0)
 ROWS = {
     "dense": Row("dense", TextbookCNN, teacher=None),
     "int8": Row("quantized only: int8 of dense", trained=False, packed=gs.Int8()),
+    "int8 static": Row(
+        "quantized only: static int8 of dense", trained=False, prepare=calibrated, packed=STATIC
+    ),
     YARDSTICK: Row("dense, trained and distilled further: the yardstick"),
+    "qat": Row(
+        "the yardstick, trained on as static int8 (QAT)",
+        YARDSTICK,
+        prepare=quantized,
+        packed=STATIC,
+        within=0.2,
+        recipe=Recipe(epochs=1, rate=3e-4),
+    ),
     "90": pruned("distilled", 0.90, within=0.3),
     "95": pruned("distilled", 0.95, within=0.8),
     "98": pruned("distilled", 0.98, within=2.0),
@@ -223,6 +250,8 @@ class Work:
         torch.manual_seed(seed)
         model = self.model(row.start, seed) if isinstance(row.start, str) else row.start()
         start = time.process_time()
+        if row.prepare:
+            row.prepare(model.eval(), self.data[0])
         if row.trained:
             seen = Images(self.data[0].x[: recipe.images], self.data[0].y[: recipe.images])
             fit(model, row, teacher, seen, recipe)
@@ -245,7 +274,7 @@ def fit(
 
     learn: Callable[[Tensor, Tensor], Tensor] = loss
     if teacher is not None:
-        kd = [gs.KD(recipe.temperature)]
+        kd = [gs.KD(recipe.temperature, weight=recipe.teacher)]
         learn = gs.Distiller(model, teacher, kd, recipe.hard, teacher_format=gs.Int8())
     if not row.sparsity:
         return train(model, learn, data, recipe)

@@ -45,7 +45,11 @@ def minilm(figures: dict[str, Any]) -> list[list[str]]:
     rows = [["", "Spearman", "mean cosine", "p50"]]
     for name in sorted(models, key=lambda name: not name.startswith("torch")):
         ours, own = name.removeprefix("gossamer "), models[name]
-        title = name if ours == name else f"Gossamer `{ours.capitalize()}`"
+        title = (
+            name
+            if ours == name
+            else f"Gossamer `{ours.capitalize()}`".replace(" static`", "` static")
+        )
         title += " (quantize_dynamic)" * (name == "torch int8")
         speed = f"{own['p50_ms']:.0f} ms ({fp32 / own['p50_ms']:.2f}x)"
         rows.append([title, f"{own['spearman']:.4f}", f"{own['mean_cosine']:.4f}", speed])
@@ -97,21 +101,8 @@ def fashion(figures: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def distilled(figures: dict[str, Any]) -> list[list[str]]:
-    """What MiniLM keeps at a high sparsity."""
-    test, recipe = figures["test"], figures["recipe"]
-    title = f"{recipe['sparsity']:.0%} in 1x4 blocks, `SparseInt8`"
-    minutes = f"after {figures['minutes']:.0f} minutes of distilling on sentences without labels"
-    return [
-        ["all-MiniLM-L6-v2", "Spearman, STS-B test"],
-        ["original, fp32", f"{test['fp32']:.4f}"],
-        [f"{title}, {minutes}", f"{test['sparse int8']:.4f}"],
-    ]
-
-
 TABLES = {
     "fashion.json": fashion,
-    "minilm_distil.json": distilled,
     "results.json": layers,
     "training.json": training,
     "minilm.json": minilm,

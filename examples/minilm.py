@@ -41,8 +41,18 @@ def quantize_dynamic(model: nn.Module) -> nn.Module | None:
         return None
 
 
+def static_int8(model: nn.Module, tokenizer: Any, limit: int | None) -> nn.Module:
+    """A copy in int8, each layer's inputs in one range: that of a thousand training sentences."""
+    copied = copy.deepcopy(model)
+    sentences, _, _ = pairs("train", limit or 1000)
+    with gs.calibrate(copied), torch.no_grad():
+        embed(copied, tokenizer, sentences)
+    gs.compress_(copied, gs.Int8(activations="static"))
+    return copied
+
+
 def run(limit: int | None, threads: int) -> tuple[dict[str, Any], gs.Report]:
-    """Figures of the four models, and what compress_ did to make the int8 one."""
+    """Figures of the five models, and what compress_ did to make the int8 one."""
     dense, tokenizer = load()
     int8, int4 = copy.deepcopy(dense), copy.deepcopy(dense)
     report = gs.compress_(int8, gs.Int8())
@@ -50,6 +60,7 @@ def run(limit: int | None, threads: int) -> tuple[dict[str, Any], gs.Report]:
     models: dict[str, nn.Module] = {
         "torch fp32": dense,
         "gossamer int8": int8,
+        "gossamer int8 static": static_int8(dense, tokenizer, limit),
         "gossamer int4": int4,
     }
     if (peer := quantize_dynamic(dense)) is not None:
