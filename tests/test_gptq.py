@@ -77,8 +77,8 @@ def test_outputs_change_less_than_by_rounding_to_nearest(format: Any, k: int) ->
     buffers = dict(packed.named_buffers())
     # Nothing that a kernel could not survive: lanes within 16 bits, padding empty.
     assert packed_from_buffers(24, k, format, buffers).unpack().shape == weight.shape
-    error = output_error(weight, packed.unpack(), hessian)
-    nearest = output_error(weight, pack(weight, format).unpack(), hessian)
+    error = output_error(weight, packed.unpack(), hessian=hessian)
+    nearest = output_error(weight, pack(weight, format).unpack(), hessian=hessian)
     assert error < nearest * (1.05 if k == 5 else 0.9)
 
 
@@ -87,7 +87,7 @@ def test_outputs_change_less_than_by_rounding_to_nearest(format: Any, k: int) ->
 def test_lanes_that_are_full_overflow_nowhere(format: Any, sign: int) -> None:
     # Equal weights fill every lane to the brim, and what rounding loses pushes the same way.
     weight = sign * (torch.ones(5, 64) + torch.rand(5, 64) * 1e-2)
-    packed = pack(weight, format, correlated(64))
+    packed = pack(weight, format, hessian=correlated(64))
     packed_from_buffers(5, 64, format, dict(packed.named_buffers()))
     assert (packed.unpack() - weight).abs().max() < 0.2
 
@@ -95,7 +95,7 @@ def test_lanes_that_are_full_overflow_nowhere(format: Any, sign: int) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_inputs_that_were_never_seen_are_rounded_to_nearest(format: Any) -> None:
     weight = torch.randn(6, 70, generator=torch.Generator().manual_seed(1)) * 0.1
-    packed, plain = pack(weight, format, torch.zeros(70, 70)), pack(weight, format)
+    packed, plain = pack(weight, format, hessian=torch.zeros(70, 70)), pack(weight, format)
     step = weight.abs().amax() / 32 if isinstance(format, gs.Int8 | gs.SparseInt8) else 0
     assert (packed.unpack() - plain.unpack()).abs().max() <= step
     if isinstance(format, gs.Int4):
@@ -183,4 +183,4 @@ def test_a_bad_weight_is_named_and_leaves_the_model_as_it_was() -> None:
         gs.gptq_(model, gs.Int4())
     assert torch.equal(model[0].weight, before)
     with pytest.raises(ValueError, match=r"the Hessian is \(3, 3\)"):
-        pack(torch.ones(2, 4), gs.Int8(), torch.eye(3))
+        pack(torch.ones(2, 4), gs.Int8(), hessian=torch.eye(3))

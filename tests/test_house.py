@@ -291,11 +291,11 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
 
 
 PUBLIC = [
-    *("DIST", "KD", "Comparison", "Conv2d", "Cosine", "Cubic", "Distiller", "Format", "Hint"),
-    *("History", "Int4", "Int8", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
+    *("Comparison", "Conv2d", "Cosine", "Cubic", "DIST", "Distiller", "Format", "Hint"),
+    *("History", "Int4", "Int8", "KD", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
     *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "fit", "gptq_", "isa", "load_", "prune_", "qat_", "save", "sensitivity"),
-    *("slim_", "smooth_"),
+    *("compress_", "fit", "gptq_", "integrations", "isa", "load_", "prune_", "qat_", "save"),
+    *("sensitivity", "slim_", "smooth_"),
 ]
 
 

@@ -60,6 +60,7 @@ __all__ = [
     "compress_",
     "fit",
     "gptq_",
+    "integrations",
     "isa",
     "load_",
     "prune_",

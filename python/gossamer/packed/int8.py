@@ -16,6 +16,7 @@ from .lanes import (
     check_scale,
     check_wsum,
     gptq_lanes,
+    lane_ids,
     lane_scale,
     lanes_of,
     quantize_lanes,
@@ -49,7 +50,7 @@ class _Int8Panels(Packed):
             q = unlanes(lanes, n, inputs)
         else:
             scale = lane_scale(lanes, outputs, n) if scale is None else scale
-            lane = unlanes(torch.arange(len(lanes))[:, None].expand(-1, 4), n, inputs)
+            lane = lane_ids(len(lanes), n, inputs)
             q = gptq_lanes(weight, hessian, lane[:, :k], scale)
             q = nn.functional.pad(q, (0, inputs - k))
         whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))

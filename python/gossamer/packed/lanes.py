@@ -139,6 +139,12 @@ def unlanes(lanes: Tensor, n: int, k: int) -> Tensor:
 _PAIR = {1: torch.int16, 4: torch.int64}
 
 
+def lane_ids(lanes: int, n: int, k: int) -> Tensor:
+    """(n, k) int64: the lane that each weight is in."""
+    own = torch.arange(lanes, dtype=torch.int32)[:, None].expand(-1, 4).contiguous()
+    return unlanes(own, n, k).long()
+
+
 def _swap_pairs(q: Tensor) -> Tensor:
     """Of every 8 in a row the second pair and the third change places; rows of 8."""
     pairs = q.reshape(-1, 8).view(_PAIR[q.element_size()])

@@ -16,6 +16,7 @@ from .lanes import (
     check_lanes,
     check_scale,
     gptq_lanes,
+    lane_ids,
     lane_scale,
     lanes_of,
     quantize_lanes,
@@ -115,7 +116,7 @@ class PackedSparseInt8(_Indexed):
             q = unlanes(lanes, len(values), 4) if len(values) else lanes.reshape(0, 4)
         else:
             scale = lane_scale(lanes, owners, n) if scale is None else scale
-            ids = unlanes(torch.arange(len(lanes))[:, None].expand(-1, 4), len(values), 4)
+            ids = lane_ids(len(lanes), len(values), 4)
             lane = torch.full(blocks.shape, -1)
             lane[mask] = ids[entry]
             whole = gptq_lanes(weight, hessian, lane.flatten(1)[:, :k], scale)
