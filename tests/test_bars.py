@@ -70,3 +70,11 @@ def test_training_steps_are_timed(tmp_path: Path) -> None:
     assert [row["bar"] for row in figures["rows"] if row["bar"]] == [4.0, 6.5]
     assert all(row["sparse_ms"] > 0 for row in figures["rows"])
     assert shown.strip() in (tmp_path / "training.md").read_text()
+
+
+def test_a_distillation_step_is_timed(tmp_path: Path) -> None:
+    shown = run("distil.py", tmp_path)
+    figures = json.loads((tmp_path / "distil.json").read_text())
+    assert figures["ratio"] > 0 and figures["loss_difference"] < 0.05
+    assert all(step["ms"] > 0 for group in ("steps", "cache") for step in figures[group].values())
+    assert shown.strip() in (tmp_path / "distil.md").read_text()
