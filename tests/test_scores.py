@@ -294,7 +294,7 @@ def test_taylor_resumes_with_its_average() -> None:
 # Two processes.
 
 WORKER = """
-import sys, torch, gossamer as gs
+import os, sys, torch, gossamer as gs
 from torch import nn
 import torch.distributed as dist
 torch.set_num_threads(1)
@@ -324,7 +324,8 @@ for score in ("magnitude", "wanda", "taylor", "random"):
         both = [torch.empty_like(tensor) for _ in range(2)]
         dist.all_gather(both, tensor.contiguous())
         assert torch.equal(*both), score
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # gloo's own teardown aborts now and then, one run in five
 """
 
 
