@@ -74,5 +74,7 @@ def test_bad_arguments() -> None:
 
 
 def test_the_plot_is_a_png(tmp_path: Path) -> None:
-    gs.sensitivity(net(), lambda m: float(m[0].weight.square().sum())).plot(tmp_path / "plot.png")
+    gs.sensitivity(net(), lambda m: float(m[0].weight.detach().square().sum())).plot(
+        tmp_path / "plot.png"
+    )
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
