@@ -49,6 +49,14 @@ class Packed(nn.Module):
         scale: Tensor | None = None,
         hessian: Tensor | None = None,
     ) -> Packed:
+        """Checks the weight and packs it; the arguments are those of `gossamer.packed.pack`."""
+        return cls._pack(checked_weight(weight, hessian), format, scale, hessian)
+
+    @classmethod
+    def _pack(
+        cls, weight: Tensor, format: Format, scale: Tensor | None, hessian: Tensor | None
+    ) -> Packed:
+        """`pack` of a weight that is float32, finite and contiguous."""
         raise NotImplementedError
 
     @classmethod

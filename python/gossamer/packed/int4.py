@@ -11,7 +11,7 @@ from gossamer import ops
 from gossamer.formats import Format, Int4
 from gossamer.obs import inverse_factor, walk
 
-from .base import Packed, checked_weight, round_up
+from .base import Packed, round_up
 from .int8 import PANEL
 from .lanes import check_scale, check_wsum
 
@@ -108,15 +108,10 @@ class PackedInt4(Packed):
     }
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        format: Format,
-        scale: Tensor | None = None,
-        hessian: Tensor | None = None,
+    def _pack(
+        cls, weight: Tensor, format: Format, scale: Tensor | None, hessian: Tensor | None
     ) -> Packed:
         assert isinstance(format, Int4)
-        weight = checked_weight(weight, hessian)
         (n, k), group = weight.shape, format.group
         limit = min(127, SCALE_LIMIT // group)
         # The scale of a group is at most that of the largest weight at the smallest peak.

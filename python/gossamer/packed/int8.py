@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
-from .base import Packed, checked_weight, round_up
+from .base import Packed, round_up
 from .lanes import (
     check_lanes,
     check_scale,
@@ -34,14 +34,9 @@ class _Int8Panels(Packed):
     scale: Tensor
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        format: Format,
-        scale: Tensor | None = None,
-        hessian: Tensor | None = None,
+    def _pack(
+        cls, weight: Tensor, format: Format, scale: Tensor | None, hessian: Tensor | None
     ) -> Packed:
-        weight = checked_weight(weight, hessian)
         (n, k), inputs = weight.shape, round_up(weight.shape[1], STEP)
         lanes = lanes_of(nn.functional.pad(weight, (0, inputs - k)))
         outputs = torch.arange(n).repeat_interleave(inputs // 4)

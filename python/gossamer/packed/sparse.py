@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
-from .base import Packed, checked_weight, round_up
+from .base import Packed, round_up
 from .index import INDEX_BUFFERS, Index, build_index, check_index, entry_places
 from .lanes import (
     check_lanes,
@@ -43,14 +43,9 @@ class PackedSparse(_Indexed):
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        format: Format,
-        scale: Tensor | None = None,
-        hessian: Tensor | None = None,
+    def _pack(
+        cls, weight: Tensor, format: Format, scale: Tensor | None, hessian: Tensor | None
     ) -> Packed:
-        weight = checked_weight(weight, hessian)
         n, k = weight.shape
         mask = weight != 0
         index, entry = build_index(mask, 1)
@@ -93,14 +88,9 @@ class PackedSparseInt8(_Indexed):
     }
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        format: Format,
-        scale: Tensor | None = None,
-        hessian: Tensor | None = None,
+    def _pack(
+        cls, weight: Tensor, format: Format, scale: Tensor | None, hessian: Tensor | None
     ) -> Packed:
-        weight = checked_weight(weight, hessian)
         n, k = weight.shape
         blocks = nn.functional.pad(weight, (0, round_up(k, 4) - k)).reshape(n, -1, 4)
         mask = (blocks != 0).any(2)
