@@ -75,6 +75,6 @@ def conv_matrix(weight: Tensor) -> Tensor:
 
 
 def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `conv_matrix`: a weight of the shape (out, in, kh, kw)."""
-    taps = matrix.reshape(shape[0], *shape[2:], -1)
+    """The inverse of `conv_matrix`, of some outputs of a weight of the shape (out, in, kh, kw)."""
+    taps = matrix.unflatten(1, (*shape[2:], -1))
     return taps[..., : shape[1]].permute(0, 3, 1, 2).contiguous()

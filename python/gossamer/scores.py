@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import observed, set_weight_, weight_matrix
-from .layers import conv_matrix
+from .geometry import conv_matrix, conv_weight
 from .observed import Observed
 
 Prunable = nn.Linear | nn.Conv2d
@@ -164,8 +164,5 @@ def reconstruct_(
 
 
 def _as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """(rows, k), in the order of `layers.conv_matrix`, as (rows, c, kh, kw); linear: itself."""
-    if len(shape) == 2:
-        return matrix
-    taps = matrix.unflatten(1, (*shape[2:], -1))[..., : shape[1]]
-    return taps.permute(0, 3, 1, 2)
+    """(rows, k) as (rows, c, kh, kw), where the weight is a convolution's."""
+    return matrix if len(shape) == 2 else conv_weight(matrix, shape)
