@@ -40,7 +40,7 @@ BAR = 0.78  # least Spearman correlation on the test set
 class Recipe:
     """AdamW, one cycle of the learning rate, forward passes in bfloat16."""
 
-    epochs: float = 2.0
+    epochs: float = 2.75
     tokens: int = 1024  # in a batch
     rate: float = 1e-3
     sparsity: float = 0.8
