@@ -73,7 +73,11 @@ class Packed(nn.Module):
         """
         if not self.static:
             raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
-        return self._with(x_affine=affine_of(low, high))
+        return self.with_affine(affine_of(low, high))
+
+    def with_affine(self, affine: Tensor) -> Packed:
+        """`with_range`, of a scale and zero point (2) that `affine_of` made."""
+        return self._with(x_affine=affine)
 
     @property
     def static(self) -> bool:
