@@ -108,7 +108,7 @@ ORDER = (
     ("layers",),
     ("calibrate",),
     ("compress",),
-    ("prune", "distill", "checkpoint", "gptq", "qat", "smooth"),
+    ("prune", "distill", "checkpoint", "fuse", "gptq", "qat", "smooth"),
     ("integrations",),
     ("compare",),
     ("loop",),
@@ -299,7 +299,18 @@ PUBLIC = [
     *("Comparison", "Conv2d", "Cosine", "Cubic", "DIST", "Distiller", "Format", "Hint"),
     *("History", "Int4", "Int8", "KD", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
     *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "fit", "gptq_", "integrations", "isa", "load_", "prune_", "qat_", "save"),
+    *(
+        "compress_",
+        "fit",
+        "fuse",
+        "gptq_",
+        "integrations",
+        "isa",
+        "load_",
+        "prune_",
+        "qat_",
+        "save",
+    ),
     *("sensitivity", "slim_", "smooth_"),
 ]
 

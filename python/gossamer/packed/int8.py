@@ -20,6 +20,8 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
@@ -74,6 +76,14 @@ class _Int8Panels(Packed):
 
     def unpack(self) -> Tensor:
         return self._integers()[: self.n, : self.k].float() * self.scale[:, None]
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        whole = nn.functional.pad(sign, (0, -self.n % PANEL), value=1).view(-1, 1, PANEL, 1)
+        changed = {"panels": times_sign(self.panels, whole), "scale": scale}
+        return changed | (
+            {"wsum": self.get_buffer("wsum") * sign} if "wsum" in self.BUFFERS else {}
+        )
 
 
 class PackedInt8(_Int8Panels):

@@ -20,6 +20,8 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
@@ -71,6 +73,13 @@ class PackedSparse(_Indexed):
         return weight.index_put_(
             entry_places(self.n, 1, self._index()), self.values, accumulate=True
         )
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        outputs, _ = entry_places(self.n, 1, self._index())
+        values = self.values * factor.float()[outputs]
+        if not torch.isfinite(values).all():
+            raise ValueError("the factor of an output takes its weights beyond what a float holds")
+        return {"values": values}
 
 
 class PackedSparseInt8(_Indexed):
@@ -160,3 +169,9 @@ class PackedSparseInt8(_Indexed):
         places = (outputs[:, None], inputs[:, None] + torch.arange(4))
         weight.index_put_(places, self.values.float() * self.scale[outputs, None], accumulate=True)
         return weight[:, : self.k].contiguous()
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        outputs, _ = entry_places(self.n, 4, self._index())
+        values = times_sign(self.values, sign[outputs, None])
+        return {"values": values, "scale": scale, "wsum": self.wsum * sign}
