@@ -120,6 +120,9 @@ static inline I32 set_word(const void* p) {
 static inline I32 load_signed(const int8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
+static inline I32 load_unsigned(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
@@ -153,9 +156,9 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {_mm256_and_si256(_mm256_srli_epi32(a.v, 8 * kByte), _mm256_set1_epi32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  const __m128i bits = _mm_cvtsi32_si128(8 * byte);
+  return {_mm256_and_si256(_mm256_srl_epi32(a.v, bits), _mm256_set1_epi32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const __m256i low = _mm256_or_si256(a.v, _mm256_slli_epi32(b.v, 8)),

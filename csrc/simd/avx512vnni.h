@@ -106,6 +106,9 @@ static inline I32 set_word(const void* p) {
 static inline I32 load_signed(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+static inline I32 load_unsigned(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
@@ -139,9 +142,9 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * kByte), _mm512_set1_epi32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  const __m128i bits = _mm_cvtsi32_si128(8 * byte);
+  return {_mm512_and_si512(_mm512_srl_epi32(a.v, bits), _mm512_set1_epi32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const __m512i low = _mm512_or_si512(a.v, _mm512_slli_epi32(b.v, 8)),

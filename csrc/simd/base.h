@@ -128,8 +128,11 @@ static inline I32 set_word(const void* p) {
   memcpy(&word, p, 4);
   return each<I32>([&](int) { return word; });
 }
-// kLanes signed bytes.
+// kLanes bytes.
 static inline I32 load_signed(const int8_t* p) {
+  return each<I32>([&](int i) { return p[i]; });
+}
+static inline I32 load_unsigned(const uint8_t* p) {
   return each<I32>([&](int i) { return p[i]; });
 }
 // Hint: the line at p is read soon.
@@ -204,9 +207,8 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
+static inline I32 unsigned_byte(I32 a, int byte) {
+  return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * byte)); });
 }
 // The word of four lanes of 0..255, lowest byte first.
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {

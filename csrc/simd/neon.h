@@ -99,6 +99,12 @@ static inline I32 load_signed(const int8_t* p) {
   memcpy(&four, p, 4);
   return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))};
 }
+static inline I32 load_unsigned(const uint8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, 4);
+  const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)))};
+}
 static inline I32 set_word(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
@@ -137,9 +143,8 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {vshrq_n_s32(vshlq_n_s32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * kByte)), vdupq_n_s32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * byte)), vdupq_n_s32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
   const int32x4_t low = vorrq_s32(a.v, vshlq_n_s32(b.v, 8)),

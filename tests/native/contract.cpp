@@ -153,8 +153,8 @@ bool check_ints() {
          ints("signed_byte<1>", [](auto a, auto...) { return signed_byte<1>(a); }) &&
          ints("signed_byte<2>", [](auto a, auto...) { return signed_byte<2>(a); }) &&
          ints("signed_byte<3>", [](auto a, auto...) { return signed_byte<3>(a); }) &&
-         ints("unsigned_byte<0>", [](auto a, auto...) { return unsigned_byte<0>(a); }) &&
-         ints("unsigned_byte<3>", [](auto a, auto...) { return unsigned_byte<3>(a); }) &&
+         ints("unsigned_byte(0)", [](auto a, auto...) { return unsigned_byte(a, 0); }) &&
+         ints("unsigned_byte(3)", [](auto a, auto...) { return unsigned_byte(a, 3); }) &&
          ints("max_bytes", [](auto a, auto b, auto...) { return max_bytes(a, b); }) &&
          ints(
              "join_bytes",
@@ -278,6 +278,8 @@ bool check_moves() {
   memcpy(codes, bytes, sizeof codes);
   store(back, load_signed(codes));
   for (int i = 0; i < kLanes; ++i) right = right && require("load_signed", back[i] == codes[i]);
+  store(back, load_unsigned(bytes));
+  for (int i = 0; i < kLanes; ++i) right = right && require("load_unsigned", back[i] == bytes[i]);
   store(back, decode<0>(load_words(bytes)));
   memcpy(codes, back, sizeof codes);
   for (int i = 0; i < kLanes * 4; ++i)
