@@ -50,6 +50,7 @@ typedef struct {
   const gossamer_conv* conv;
   float scale;
   int32_t zero; /* 0 .. 255 */
+  int planar;   /* conv of gossamer_spmm: the input is (images, channels, height, width) */
 } gossamer_input;
 
 /* The result, in the input's dtype: y(row, output). planar = 0: rows of n elements, `stride` apart.

@@ -2,7 +2,7 @@
 // on torch's threads.
 //
 // Every operator that multiplies takes either rows (..., k), or with `conv` an image (images,
-// channels, height, width) in channels_last memory. conv lists kernel, stride, dilation (height,
+// channels, height, width) in channels_last memory (spmm: or contiguous). conv lists kernel, stride, dilation (height,
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
 // instead of channels_last. x_affine, of products that quantize x, holds the (scale, zero point) to do
 // that by; None: each row's own.
@@ -35,7 +35,7 @@ struct Input {
   bool planar = false;
 
   Input(const Tensor& x, int64_t k, const std::vector<int64_t>& geometry) {
-    view = {x.data, float_dtype(x), 0, k, nullptr, 0, 0};
+    view = {x.data, float_dtype(x), 0, k, nullptr, 0, 0, 0};
     geometry.empty() ? read_rows(x, k) : read_image(x, geometry);
   }
   Input(const Input&) = delete;
@@ -70,10 +70,10 @@ struct Input {
     if (x.dim != 4) fail("x of shape " + x.shape() + " must be (images, channels, height, width)");
     const int64_t n = x.sizes[0], c = x.sizes[1], h = x.sizes[2], w = x.sizes[3];
     const int64_t expected[4] = {h * w * c, 1, w * c, c};
-    for (int i = 0; i < 4; ++i) {
-      if (x.sizes[i] > 1 && x.strides[i] != expected[i])
-        fail("x of shape " + x.shape() + " must be channels_last");
-    }
+    bool last = true;
+    for (int i = 0; i < 4; ++i) last = last && (x.sizes[i] <= 1 || x.strides[i] == expected[i]);
+    view.planar = !last && x.contiguous();
+    if (!last && !view.planar) fail("x of shape " + x.shape() + " must be channels_last");
     const auto out = [](int64_t in, int64_t pad, int64_t kernel, int64_t stride, int64_t dilation) {
       return stride < 1 ? 0 : (in + pad - dilation * (kernel - 1) - 1) / stride + 1;
     };

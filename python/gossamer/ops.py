@@ -84,11 +84,11 @@ class _Inference(torch.autograd.Function):
         return _refuse_gradient(grads[0], ctx.shape), None
 
 
-def _prepare(x: Tensor, conv: list[int] | None) -> Tensor:
-    """x in memory that a kernel can walk; almost always x itself."""
+def _prepare(x: Tensor, conv: list[int] | None, planar: bool = False) -> Tensor:
+    """x in memory that a kernel can walk, `planar` images too; almost always x itself."""
     if x.dtype not in _FLOATS or not x.is_cpu:
         _refuse(x)
-    if conv is not None:
+    if conv is not None and not planar:
         return x.contiguous(memory_format=torch.channels_last)
     if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
         return x
@@ -184,8 +184,11 @@ def spmm(
     activation: int = 0,
     conv: list[int] | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse."""
-    x_ = _prepare(x, conv)
+    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse.
+
+    Images are read as they lie, contiguous or channels_last.
+    """
+    x_ = _prepare(x, conv, planar=x.is_contiguous())
     return _finish(x, _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv))
 
 

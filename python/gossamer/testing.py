@@ -279,6 +279,9 @@ CASES: dict[str, list[Any]] = {
         ImageCase("one pixel, padded", (1, 6, 1, 1), (3, 3), sides=(1, 1, 1, 1)),
         ImageCase("padding wider than the kernel", (1, 4, 3, 3), (2, 2), sides=(4, 4, 4, 4)),
         ImageCase("no images", (0, 4, 5, 5), (3, 3)),
+        ImageCase("tiles of many images", (11, 5, 7, 7), (3, 3), sides=(1, 1, 1, 1)),
+        ImageCase("wide, every second pixel", (1, 3, 9, 141), (3, 3), (2, 2), sides=(1, 1, 1, 1)),
+        ImageCase("wide, every third pixel", (2, 1, 5, 100), (2, 3), (1, 3), sides=(0, 0, 5, 5)),
         ImageCase("many pixels", (1, 4, 17, 19), (3, 3), sides=(1, 1, 1, 1)),
     ],
 }

@@ -62,12 +62,12 @@ int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
 }
 
 std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands& operands,
-                         Side side, gossamer_parallel_for parallel_for) {
-  const Guarded<char> x(p.encoded_x(), side);
+                         Side side, gossamer_parallel_for parallel_for, bool planes = false) {
+  const Guarded<char> x(p.encoded_x(planes), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
-  const gossamer_input input{x.data(), p.dtype,       p.x.rows,    p.x.k + p.gap,
-                             p.conv,   p.given.scale, p.given.zero};
+  const gossamer_input input{x.data(), p.dtype,       p.x.rows,     p.x.k + p.gap,
+                             p.conv,   p.given.scale, p.given.zero, planes};
   const gossamer_output output{y.data(), p.weight.n + p.gap, p.planar, bias.data(), p.activation};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
   return y.values();
@@ -93,6 +93,10 @@ void check_products(const Product& p) {
       compare(p, reference, y, what);
       require(y == result(p, arithmetic, operands[1], Side::kBegin, backwards),
               what + ": another split, other bits");
+      for (const Side side : kSides)
+        if (p.conv && arithmetic == Arithmetic::kSparse)
+          require(y == result(p, arithmetic, operands[0], side, backwards, true),
+                  what + ": planar images, other bits");
       if (integers(arithmetic) && !first.empty())
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
@@ -112,8 +116,8 @@ void check_quantize_rows(const Product& p) {
       Guarded<uint8_t> q(rows * stride, side);
       Guarded<float> scale(rows, side);
       Guarded<int32_t> zero(rows, side);
-      const gossamer_input input{x.data(), p.dtype,       rows,        stride,
-                                 nullptr,  p.given.scale, p.given.zero};
+      const gossamer_input input{x.data(), p.dtype,       rows,         stride,
+                                 nullptr,  p.given.scale, p.given.zero, 0};
       require_ok(gossamer_quantize_rows(&input, k, q.data(), stride, scale.data(), zero.data(),
                                         backwards));
       for (int64_t r = 0; r < rows; ++r) {
@@ -134,7 +138,7 @@ void check_im2col(const Product& p) {
     for (const Side side : kSides) {
       const Guarded<char> x(p.encoded_x(), side);
       Guarded<char> rows(p.line_count() * k * size, side);
-      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv, 0, 0};
+      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv, 0, 0, 0};
       require_ok(gossamer_im2col(&input, rows.data(), backwards));
       for (int64_t r = 0; r < p.line_count(); ++r)
         for (int64_t i = 0; i < k; ++i)
