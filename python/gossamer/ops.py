@@ -195,8 +195,11 @@ def spmm(
     activation: int = 0,
     conv: list[int] | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse."""
-    x_ = _prepare(x, conv)
+    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse.
+
+    Images are read as they lie, contiguous or channels_last.
+    """
+    x_ = _prepare(x, conv, any_layout=True)
     return _finish(x, _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv))
 
 

@@ -62,12 +62,12 @@ int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
 }
 
 std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands& operands,
-                         Side side, gossamer_parallel_for parallel_for) {
-  const Guarded<char> x(p.encoded_x(), side);
+                         Side side, gossamer_parallel_for parallel_for, bool planes = false) {
+  const Guarded<char> x(p.encoded_x(planes), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
   const gossamer_input input{x.data(), p.dtype,       p.x.rows,     p.x.k + p.gap,
-                             p.conv,   p.given.scale, p.given.zero, 0};
+                             p.conv,   p.given.scale, p.given.zero, planes};
   const gossamer_output output{y.data(),    p.weight.n + p.gap, p.planar,
                                bias.data(), p.activation,       nullptr};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
@@ -94,6 +94,10 @@ void check_products(const Product& p) {
       compare(p, reference, y, what);
       require(y == result(p, arithmetic, operands[1], Side::kBegin, backwards),
               what + ": another split, other bits");
+      for (const Side side : kSides)
+        if (p.conv && arithmetic == Arithmetic::kSparse)
+          require(y == result(p, arithmetic, operands[0], side, backwards, true),
+                  what + ": planar images, other bits");
       if (integers(arithmetic) && !first.empty())
         require(y == first, what + ": not the bits of the other Isas");
       first = y;

@@ -57,13 +57,18 @@ struct Product {
     const int64_t plane = conv->out_h * conv->out_w;
     return (line / plane * weight.n + o) * plane + line % plane;
   }
-  std::vector<char> encoded_x() const {
+  // With planes: the channels of an image are its planes, instead of innermost.
+  std::vector<char> encoded_x(bool planes = false) const {
     const int64_t length = x.k, stride = length + (conv ? 0 : gap);
     const int64_t count = conv ? x.rows * length : extent(x.rows, length);
+    const auto place = [&](int64_t i) {
+      const int64_t channels = planes ? conv->channels : length;
+      return i % channels * (length / channels) + i / channels;
+    };
     std::vector<char> bytes(static_cast<size_t>(count * size_of(dtype)), 0x7f);
     for (int64_t r = 0; r < x.rows; ++r)
       for (int64_t i = 0; i < length; ++i)
-        encode(x.at(r, i), dtype, &bytes[size_t((r * stride + i) * size_of(dtype))]);
+        encode(x.at(r, i), dtype, &bytes[size_t((r * stride + place(i)) * size_of(dtype))]);
     return bytes;
   }
   std::vector<Expected> reference(Arithmetic arithmetic) const {
