@@ -314,6 +314,68 @@ def test_who_reads_floats_shares_them() -> None:
         assert same_bits(run(gs.fuse(model, x), x), run(model, x))
 
 
+class Odd(nn.Module):
+    """Floats between 8-bit images: a dense stem, a gate, a sum over an image, an early output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.two, self.three = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.four, self.five = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.max_pool2d(torch.sin(self.stem(x)), 2)
+        x = torch.relu(self.one(x) + x)
+        y = self.two(x)
+        y = self.three(y * torch.sigmoid(y.mean((2, 3), keepdim=True)))
+        y = y + y.mean(1, keepdim=True)
+        early = self.four(y)
+        z = self.five(F.relu6(early))
+        return {"early": early, "flat": z.view(z.size(0), -1), "x": x}
+
+
+@EVERY_STATIC
+def test_floats_between_images(format: Any) -> None:
+    x = images(size=10)
+    model = Odd()
+    with torch.no_grad(), gs.calibrate(model, observer="minmax"):
+        model(x)
+    gs.compress_(model, {"stem": None, "*": format})
+    fused = gs.fuse(model, x)
+    rows = {row.name: row for row in fused.report}
+    # The floats of a dense layer are quantized to be a residual, by the scale of who reads them.
+    assert rows["one"].fused == "+ max_pool2d, relu" and rows["max_pool2d_to_int8"].gives == "int8"
+    assert torch.equal(fused.one.residual_affine, fused.one.layer.packed.x_affine)
+    assert rows["two"].note == "gives fp32: mean, mul read it so"
+    assert rows["three"].gives == rows["add_1"].gives == rows["four"].gives == "fp32"
+    with torch.no_grad():
+        got, want = fused(x), model(x)
+    step = fused.one.y_affine[0] + fused.one.residual_affine[0]
+    assert (got["x"] - want["x"]).abs().max() <= step / 2 * 1.001
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+
+
+def test_asking_for_a_shape_needs_no_floats() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y = self.b(x)
+            whole = y.view(x.size(0), y.shape[1], -1) * x.shape[1] + x.size(dim=-1)
+            n, _, height, _ = x.shape
+            return whole.reshape(n, -1, height, x.size()[3])
+
+    x = images(size=7)
+    model = static(Net(), x)
+    fused = gs.fuse(model, x)
+    assert [row.runs for row in fused.report if "ToFloat" in row.runs] == ["ToFloat"]
+    other = images(3, 9)
+    assert same_bits(run(fused, other), run(model, other))
+
+
 def test_bfloat16(tmp_path: Any) -> None:
     x = images(4, 32)
     model = static(lively(ResNet()), x)
