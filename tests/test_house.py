@@ -47,9 +47,14 @@ PLAIN_C = {"<math.h>", "<stdint.h>", "<string.h>"}
 # Arrows point one way: simd <- kernels <- isa <- the C ABI <- torch, Python.
 INCLUDES = {
     "csrc/simd": {*PLAIN_C, "<immintrin.h>", "<arm_neon.h>", '"layout.h"', '"simd/quad.h"'},
-    "csrc/kernels": {*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"lanes.h"', "GOSSAMER_SIMD"},
+    "csrc/kernels": {
+        *(*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"quantize.h"', '"lanes.h"', '"pixels.h"'),
+        "GOSSAMER_SIMD",
+    },
     "csrc/include": {"<stdint.h>"},
-    "csrc/torch": {'"include/gossamer.h"', '"torch/shim.h"', '"torch/tensor.h"'},
+    "csrc/torch": {
+        *('"include/gossamer.h"', '"torch/shim.h"', '"torch/tensor.h"', '"torch/operands.h"'),
+    },
     "csrc/python": {'"gossamer.h"', "<sys/auxv.h>", "<pybind11/pybind11.h>", "<pybind11/stl.h>"},
 }
 

@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gossamer import ops
 from gossamer.dtypes import KeepsDtypes
 from gossamer.layers import Conv2d
 
-from .match import MaxPool, Nearest
+from .match import MaxPool
+
+
+def shape_of(x: Tensor, channels: int, dim: int | None = None) -> Any:
+    """The shape that an 8-bit image has as floats, or one dimension of it."""
+    shape = torch.Size((x.size(0), channels, x.size(2), x.size(3)))
+    return shape if dim is None else shape[dim]
 
 
 class ToInt8(KeepsDtypes):
@@ -74,7 +80,7 @@ class ImageConv2d(KeepsDtypes):
         return self.layer.convolve(x, self.y_affine, residual, self.residual_affine)
 
 
-class ImageMaxPool2d(nn.Module):
+class ImageMaxPool2d(KeepsDtypes):
     """max_pool2d of bytes, whose order is that of the values: exact."""
 
     def __init__(self, pool: MaxPool) -> None:
@@ -105,32 +111,30 @@ class ImageMaxPool2d(nn.Module):
         return str(self.pool)
 
 
-class ImageUpsample(nn.Module):
+class ImageUpsample(KeepsDtypes):
     """Nearest upsampling: words at the places that torch takes for this size: exact."""
 
-    def __init__(self, nearest: Nearest) -> None:
+    def __init__(self, scale_factor: Any) -> None:
         super().__init__()
-        self.nearest = nearest
+        self.scale_factor = scale_factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rows, then columns."""
+    def forward(self, x: Tensor, size: Any = None) -> Tensor:
+        """Rows, then columns; `size` counts where there is no factor."""
         words = x.view(torch.int32).squeeze(-1)
         for i in (0, 1):
-            words = words.index_select(2 + i, self._places(words.size(2 + i), i))
+            # Which input row or column each output has: torch's own answer for their numbers.
+            numbers = torch.arange(words.size(2 + i), dtype=torch.float32).view(1, 1, -1)
+            to, by = self._of(size, i), self._of(self.scale_factor, i)
+            places = F.interpolate(numbers, to, by, mode="nearest").view(-1).int()
+            words = words.index_select(2 + i, places)
         return words.unsqueeze(-1).view(torch.uint8)
-
-    def _places(self, size: int, i: int) -> Tensor:
-        """Which input row or column each output has: torch's own answer for their numbers."""
-        size_of, factor = (self._of(v, i) for v in (self.nearest.size, self.nearest.scale_factor))
-        numbers = torch.arange(size, dtype=torch.float32).view(1, 1, size)
-        return F.interpolate(numbers, size_of, factor, mode="nearest").view(-1).int()
 
     @staticmethod
     def _of(value: Any, i: int) -> Any:
         return value[i] if isinstance(value, tuple | list) else value
 
     def extra_repr(self) -> str:
-        return str(self.nearest)
+        return f"scale_factor={self.scale_factor}"
 
 
 class ImageRelu(KeepsDtypes):

@@ -109,6 +109,18 @@ def passes(node: fx.Node) -> bool:
     return not _arguments(node, "p", "training").get("training", default)
 
 
+def shape_read(node: fx.Node) -> tuple[int, ...] | None:
+    """The dimensions that x.size(d) asks for; () for all of them: x.shape, x.size()."""
+    if node.op == "call_function" and node.target is getattr and node.args[1] == "shape":
+        return ()
+    if node.op != "call_method" or node.target != "size":
+        return None
+    dim: Any = _arguments(node, "dim").get("dim")
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, int) else None
+
+
 def in_place(node: fx.Node) -> bool:
     """Whether it writes its result over its first argument."""
     module = module_of(node)
@@ -137,7 +149,7 @@ class MaxPool:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Upsampling that repeats pixels: to a size, or by a factor."""
+    """Upsampling that repeats pixels: to a size, which may be a node's, or by a factor."""
 
     size: Any
     scale_factor: Any
@@ -214,6 +226,8 @@ def _nearest(node: fx.Node) -> Nearest | None:
     else:
         return None
     if found.get("mode", "nearest") != "nearest" or found.get("recompute_scale_factor"):
+        return None
+    if not _plain(found.get("scale_factor")):
         return None
     return Nearest(found.get("size"), found.get("scale_factor"))
 

@@ -32,6 +32,7 @@ from .match import (
     image_op,
     module_of,
     only_reader,
+    shape_read,
     source,
     title,
     titles,
@@ -191,17 +192,17 @@ def _share_affine(group: set[fx.Node], plan: Plan) -> None:
         convs = _static_readers(node)
         readers += convs
         moved = {r for r in node.users if r in plan.int8 and r in plan.ops}
+        moved |= {r for r in node.users if shape_read(r) is not None}
         if not convs and set(node.users) - moved:
             ranges.append(_range(node))
     wanted = [conv.packed.get_buffer("x_affine") for _, conv in readers]
-    if wanted and not ranges and all(torch.equal(affine, wanted[0]) for affine in wanted):
-        plan.affines.update(dict.fromkeys(group, wanted[0]))
-        return
     ranges += [range_of(affine) for affine in wanted]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    affine = affine_of(low, high)
+    # The widest one is taken as it is: another of its range might differ in the last bit.
+    widest = [affine for affine in wanted if range_of(affine) == (low, high)]
+    affine = widest[0] if widest else affine_of(low, high)
     plan.affines.update(dict.fromkeys(group, affine))
     for reader, conv in readers:
         if not torch.equal(conv.packed.get_buffer("x_affine"), affine):
-            conv.packed = conv.packed.with_range(low, high)
+            conv.packed = conv.packed.with_affine(affine)
             note(reader, "takes the range of a value that others read or share too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,8 +17,9 @@ from .images import (
     ImageUpsample,
     ToFloat,
     ToInt8,
+    shape_of,
 )
-from .match import Cat, MaxPool, Nearest, PixelMean, label, source, title
+from .match import Cat, MaxPool, Nearest, PixelMean, label, shape_read, source, title
 from .plan import Plan, Residual, parts, static_conv
 from .trace import Fused
 
@@ -62,7 +64,8 @@ class _Rewriter:
         if isinstance(op, MaxPool):
             return self._call(node, ImageMaxPool2d(op), images)
         if isinstance(op, Nearest):
-            return self._call(node, ImageUpsample(op), images)
+            sizes = [] if op.size is None else [op.size]
+            return self._call(node, ImageUpsample(op.scale_factor), [*images, *sizes])
         return self._call(node, ImageRelu(affine), images)
 
     def _conv(self, node: fx.Node, residual: Residual | None, affine: Tensor) -> fx.Node:
@@ -95,7 +98,13 @@ class _Rewriter:
         self.graph.erase_node(node)
 
     def _read_floats(self, node: fx.Node) -> None:
-        """Whatever else reads bytes gets them as floats."""
+        """Whatever else reads bytes gets them as floats, unless it only asks for their shape."""
+        asked, before = shape_read(node), source(node)
+        if asked is not None and before is not None and before in self.images:
+            what: Any = (self.images[before], seen(before).shape[1], *asked)
+            node.replace_all_uses_with(self.graph.call_function(shape_of, what))
+            self.graph.erase_node(node)
+            return
         for read in node.all_input_nodes:
             if read in self.images:
                 node.replace_input_with(read, self._as_floats(read))
@@ -117,7 +126,7 @@ class _Rewriter:
         return self.quantized[key]
 
     def _call(
-        self, node: fx.Node, module: nn.Module, operands: Sequence[fx.Node], suffix: str = ""
+        self, node: fx.Node, module: nn.Module, operands: Sequence[Any], suffix: str = ""
     ) -> fx.Node:
         """A call of a new module, in the place of a node or, with a suffix, beside it."""
         name = add_module(self.fused, node.name + (suffix or "_image"), module)

@@ -69,14 +69,15 @@ class FuseReport(Report):
 
 
 def report_of(graph: fx.Graph) -> FuseReport:
-    """A row for each node that computes."""
+    """A row for each node that computes a tensor."""
     nodes = [node for node in graph.nodes if node.op.startswith("call_")]
     bytes_of: dict[fx.Node, bool] = {}
     for node in nodes:
         module = module_of(node)
         moved = node.target is torch.cat and all(map(bytes_of.get, node.all_input_nodes))
         bytes_of[node] = isinstance(module, _BYTES) or moved
-    return FuseReport([_row(node, bytes_of[node]) for node in nodes])
+    tensors = [node for node in nodes if seen(node).dtype is not None or node.meta.get("note")]
+    return FuseReport([_row(node, bytes_of[node]) for node in tensors])
 
 
 def _row(node: fx.Node, is_bytes: bool) -> FusedRow:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
-from gossamer.layers import Conv2d, Linear
+from gossamer.dtypes import KeepsDtypes
 from gossamer.packed import Packed
 from gossamer.timing import unfused
 
@@ -67,9 +67,9 @@ def trace(model: nn.Module, example_inputs: Any) -> tuple[Fused, list[Any]]:
             graph = tracer.trace(root)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be traced: {_why(error)}. torch.fx follows no control "
-            "flow that depends on the data: move that part into a module of its own, which then "
-            "stays as it is"
+            f"{type(model).__name__} cannot be traced: {_why(error)}. torch.fx follows what is "
+            "done to tensors, but no control flow that depends on them: move that part into a "
+            "module of its own, which then stays as it is"
         ) from error
     fused = Fused(root, graph, type(model).__name__)
     for node in fused.graph.nodes:
@@ -118,7 +118,7 @@ class _Arguments:
 
 
 class _Tracer(fx.Tracer):
-    """Packed layers are leaves, and so is the innermost module that cannot be traced."""
+    """Packed layers and images are leaves, and so is the innermost module that fx cannot follow."""
 
     def __init__(self, arguments: _Arguments) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Tracer(fx.Tracer):
         return call, [self.create_proxy("placeholder", name, (), {}) for name in names]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        packed = isinstance(m, Linear | Conv2d) or any(isinstance(c, Packed) for c in m.children())
+        packed = isinstance(m, KeepsDtypes) or any(isinstance(c, Packed) for c in m.children())
         return packed or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: Any, forward: Any, args: Any, kwargs: Any) -> Any:

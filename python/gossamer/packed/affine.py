@@ -24,7 +24,7 @@ def affine_of(low: float, high: float) -> Tensor:
 
 
 def range_of(affine: Tensor) -> tuple[float, float]:
-    """The values of the bytes 0 and 255: the range that `affine_of` made it of, but for rounding."""
+    """The values of the bytes 0 and 255, which `affine_of` made it of, but for rounding."""
     scale, zero = affine.tolist()
     return -zero * scale, (255 - zero) * scale
 

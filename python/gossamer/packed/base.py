@@ -73,7 +73,11 @@ class Packed(nn.Module):
         """
         if not self.static:
             raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
-        return self._with(x_affine=affine_of(low, high))
+        return self.with_affine(affine_of(low, high))
+
+    def with_affine(self, affine: Tensor) -> Packed:
+        """`with_range`, of a scale and zero point (2) that `affine_of` made."""
+        return self._with(x_affine=affine)
 
     @property
     def static(self) -> bool:
@@ -210,7 +214,7 @@ class Packed(nn.Module):
         Args:
             x: (..., k) float32, bfloat16 or float16; with `conv` (images, channels, height, width).
             bias: (n) float32, or None.
-            activation: "none", "relu", "gelu" (exact, by erf) or "silu".
+            activation: one of `gossamer.ops.ACTIVATIONS`; "gelu" is the exact one, by erf.
             conv: the geometry of a convolution, see `gossamer.ops.gemm_int8`.
 
         Returns:
@@ -223,6 +227,23 @@ class Packed(nn.Module):
     ) -> Tensor:
         """`matmul` with the activation as its index: what layers call."""
         raise NotImplementedError
+
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        """y = activation(conv(q, w) + bias + residual) between blocked images.
+
+        Of static int8 formats only: the scale and zero point of q are this weight's x_affine.
+        Arguments as in `gossamer.ops.conv_int8`.
+        """
+        raise NotImplementedError(f"{self.format} does not multiply blocked images")
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (n, k) float32."""

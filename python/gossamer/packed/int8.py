@@ -116,6 +116,23 @@ class PackedInt8(_Int8Panels):
             x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
         )
 
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        b = self._tensors()
+        if "x_affine" not in b:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        weight = (b["panels"], b["scale"], b["wsum"], b["x_affine"])
+        images = (bias, y_affine, residual, residual_affine)
+        return ops.conv_int8(q, *weight, *images, self.k, activation, conv)
+
 
 class PackedW8(_Int8Panels):
     """`Int8(activations="none")`: integers widened to floats on the way."""

@@ -159,6 +159,23 @@ class PackedSparseInt8(_Indexed):
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
         return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
 
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        b = self._tensors()
+        if "x_affine" not in b:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
+        images = (b["x_affine"], bias, y_affine, residual, residual_affine)
+        return ops.conv_spmm_int8(q, *weight, *images, self.k, activation, conv)
+
     def unpack(self) -> Tensor:
         weight = torch.zeros(self.n, round_up(self.k, 4))
         outputs, inputs = entry_places(self.n, 4, self._index())
