@@ -78,3 +78,13 @@ def test_a_distillation_step_is_timed(tmp_path: Path) -> None:
     assert figures["ratio"] > 0 and figures["loss_difference"] < 0.05
     assert all(step["ms"] > 0 for group in ("steps", "cache") for step in figures[group].values())
     assert shown.strip() in (tmp_path / "distil.md").read_text()
+
+
+def test_an_encoder_is_timed_and_its_parts(tmp_path: Path) -> None:
+    shown = run("encoder.py", tmp_path)
+    figures = json.loads((tmp_path / "encoder.json").read_text())
+    assert [row["bar"] for row in figures["rows"] if row["bar"]] == [2.0, 4.0]
+    assert all(row["ms"] > 0 for row in figures["rows"])
+    assert figures["shares"]["Int8, fused"]["GELU"] == 0 < figures["shares"]["Int8"]["GELU"]
+    assert all(sum(own.values()) == pytest.approx(1) for own in figures["shares"].values())
+    assert (tmp_path / "encoder.md").read_text().strip() in shown

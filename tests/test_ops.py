@@ -235,6 +235,20 @@ def test_a_gradient_is_a_sentence(stem: str) -> None:
         assert same_bits(packed.matmul(x.clone()), want)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_gradients_on_the_result_may_be_written_to(compiled: bool) -> None:
+    packed, x = packed_case("gemm_int8", CASE), CASE.x()
+
+    def call(x: Tensor) -> Tensor:
+        return torch.relu_(packed.matmul(x))
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    y = run(x.clone().requires_grad_())
+    assert same_bits(y.detach(), packed.matmul(x).relu())
+    with pytest.raises(RuntimeError, match="inference only"):
+        y.sum().backward()
+
+
 def test_negated_views_are_read_negated() -> None:
     x = CASE.x()
     view = torch._neg_view(x)

@@ -88,7 +88,8 @@ class _Inference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.shape = x.shape
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # so that y itself may be returned: of a view, relu_(y) would be refused
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

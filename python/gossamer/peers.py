@@ -95,22 +95,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _quantize_dynamic(engine: str) -> Callable[[nn.Linear, Tensor], Call]:
-    """torch.ao.quantization.quantize_dynamic, whose kernels are those of `engine`."""
+def quantize_dynamic(model: nn.Module, engine: str = "fbgemm") -> nn.Module:
+    """A copy of the model with torch's own int8 layers, on the kernels of `engine`.
 
+    Raises:
+        ImportError: this torch has none.
+    """
+    try:
+        from torch.ao.quantization import quantize_dynamic
+    except ImportError as error:
+        raise ImportError(f"torch {torch.__version__} has no quantize_dynamic") from error
+    before = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = engine
+        with warnings.catch_warnings():  # deprecated since torch 2.10, and still fast
+            warnings.simplefilter("ignore")
+            return quantize_dynamic(model, {nn.Linear})
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _quantized(engine: str) -> Callable[[nn.Linear, Tensor], Call]:
     def build(layer: nn.Linear, x: Tensor) -> Call:
-        try:
-            from torch.ao.quantization import quantize_dynamic
-        except ImportError as error:
-            raise ImportError(f"torch {torch.__version__} has no quantize_dynamic") from error
-        before = torch.backends.quantized.engine
-        try:
-            torch.backends.quantized.engine = engine
-            with warnings.catch_warnings():  # deprecated since torch 2.10, and still fast
-                warnings.simplefilter("ignore")
-                model = quantize_dynamic(nn.Sequential(layer), {nn.Linear})
-        finally:
-            torch.backends.quantized.engine = before
+        model = quantize_dynamic(nn.Sequential(layer), engine)
         return lambda: model(x)
 
     return build
@@ -234,8 +241,8 @@ _ONNX = ("onnx", "onnxruntime")
 _OPENVINO = ("openvino",)
 
 PEERS: dict[str, Peer] = {
-    "fbgemm": Peer(_quantize_dynamic("fbgemm"), 1, 0.1, integer=True),
-    "onednn": Peer(_quantize_dynamic("onednn"), 1, 0.1, integer=True),
+    "fbgemm": Peer(_quantized("fbgemm"), 1, 0.1, integer=True),
+    "onednn": Peer(_quantized("onednn"), 1, 0.1, integer=True),
     "torch.sparse": Peer(_torch_sparse, 8, 1e-5, pruned=True),
     "ort": Peer(_onnxruntime, 4, 1e-5, needs=_ONNX),
     "ort-int8": Peer(_onnxruntime_int8, 1, 0.1, integer=True, needs=_ONNX),

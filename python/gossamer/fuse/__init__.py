@@ -9,6 +9,7 @@ from torch import nn
 from .epilogues import fuse_activations
 from .fold import fold
 from .graph import drop_what_passes, name_apart, out_of_place, record
+from .merge import merge_linears
 from .plan import make_plan
 from .rewrite import rewrite
 from .rows import FusedRow, FuseReport, report_of
@@ -22,6 +23,8 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
 
     - BatchNorm in eval mode goes into the packed (or dense) layer before it, of any format.
     - ReLU, ReLU6, SiLU, Hardswish and exact GELU become the activation of the packed layer before.
+    - Packed linear layers of one format that read the same tensor, such as the query, key and value
+      of attention, become one layer, and its result is cut in slices.
     - Between static convolutions (`gs.Int8(activations="static")`, `gs.SparseInt8(...)`) values
       stay 8 bits, in one layout; an addition becomes the residual of the convolution before it,
       max-pooling, concatenation, nearest upsampling and ReLU move bytes, and means over all pixels
@@ -70,6 +73,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     record(fused, inputs)
     fold(graph)
     fuse_activations(graph)
+    merge_linears(fused)
     rewrite(fused, make_plan(graph))
     fused.delete_all_unused_submodules()
     fused.recompile()

@@ -118,15 +118,15 @@ def out_of_place(graph: fx.Graph) -> None:
             continue
         later = set(nodes[place + 1 :])
         base.replace_all_uses_with(node, delete_user_cb=later.__contains__)
-        if any(_is_view(user) for user in base.users):
+        if any(is_view(user) for user in base.users):
             base.meta["pinned"] = True
-        while base is not None and _is_view(base):
+        while base is not None and is_view(base):
             base = source(base)
             if base is not None:
                 base.meta["pinned"] = True
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a node may give the memory of what it reads."""
     return node.op.startswith("call_") and label(node).lower() in _VIEWS
 

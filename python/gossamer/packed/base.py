@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +83,35 @@ class Packed(nn.Module):
     def static(self) -> bool:
         """Whether inputs are quantized by one range, that of `x_affine`."""
         return "x_affine" in self.buffers_of(self.format)
+
+    @staticmethod
+    def concat(parts: Sequence[Packed]) -> Packed:
+        """One weight with the outputs of all the parts, in that order; its bits are theirs.
+
+        Raises:
+            ValueError: the parts differ in format, in their inputs, or in the range of those.
+        """
+        first = parts[0]
+        if any(
+            type(part) is not type(first) or (part.k, part.format) != (first.k, first.format)
+            for part in parts
+        ):
+            kinds = ", ".join(f"{part.format} of {part.k} inputs" for part in parts)
+            raise ValueError(f"only weights of one format and width can be one: got {kinds}")
+        buffers = {**first._tensors(), **first._concat(parts)}
+        if first.static and any(
+            not torch.equal(part.get_buffer("x_affine"), buffers["x_affine"]) for part in parts
+        ):
+            raise ValueError("weights whose inputs are quantized by other ranges cannot be one")
+        for name in ("scale", "wsum"):
+            if name in first.BUFFERS:
+                buffers[name] = torch.cat([part.get_buffer(name) for part in parts])
+        return type(first)(sum(part.n for part in parts), first.k, first.format, buffers)
+
+    @staticmethod
+    def _concat(parts: Any) -> dict[str, Tensor]:
+        """The buffers of `concat`, but for those that are one number an output."""
+        raise NotImplementedError
 
     def scaled(self, factor: Tensor) -> Packed:
         """diag(factor) @ w: each output's weights times its factor (n), of either sign.

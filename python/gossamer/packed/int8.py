@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,13 @@ PANEL = 16  # outputs in a panel
 STEP = 8  # inputs whose products share 16-bit lanes, two by two
 
 
+def _panels(q: Tensor) -> Tensor:
+    """(n, k up to 8) int8, contiguous, as panels."""
+    whole = nn.functional.pad(q, (0, 0, 0, -len(q) % PANEL))
+    words = whole.view(torch.int32).view(-1, PANEL, q.shape[1] // 4)
+    return words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
+
+
 class _Int8Panels(Packed):
     """Dense int8: panels of 16 outputs, (ceil(n / 16), k up to 8 / 4, 16, 4)."""
 
@@ -50,11 +58,12 @@ class _Int8Panels(Packed):
             lane = lane_ids(len(lanes), n, inputs)
             q = gptq_lanes(weight, hessian, lane[:, :k], scale)
             q = nn.functional.pad(q, (0, inputs - k))
-        whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
-        words = whole.view(torch.int32).view(-1, PANEL, inputs // 4)
-        panels = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
-        buffers = {"panels": panels, "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
+        buffers = {"panels": _panels(q), "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
         return cls(n, k, format, {name: buffers[name] for name in cls.BUFFERS})
+
+    @staticmethod
+    def _concat(parts: Sequence[_Int8Panels]) -> dict[str, Tensor]:
+        return {"panels": _panels(torch.cat([part._integers()[: part.n] for part in parts]))}
 
     def _integers(self) -> Tensor:
         """(n up to 16, k up to 8) int8."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,14 @@ from gossamer import ops
 from gossamer.formats import Format
 
 from .base import Packed, round_up
-from .index import INDEX_BUFFERS, Index, build_index, check_index, entry_places
+from .index import (
+    INDEX_BUFFERS,
+    Index,
+    build_index,
+    check_index,
+    concat_indices,
+    entry_places,
+)
 from .lanes import (
     check_lanes,
     check_scale,
@@ -36,6 +44,12 @@ class _Indexed(Packed):
 
     def _index(self) -> Index:
         return Index(self.columns, self.rows, self.cells)
+
+    @staticmethod
+    def _concat(parts: Sequence[_Indexed]) -> dict[str, Tensor]:
+        index, entry = concat_indices([part.n for part in parts], [p._index() for p in parts])
+        values = torch.cat([part.values.detach() for part in parts])[entry]
+        return {"values": values, **index._asdict()}
 
 
 class PackedSparse(_Indexed):
