@@ -3,10 +3,10 @@
 // on each.
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdarg>
 #include <cstdio>
 
+#include "check.h"
 #include "tiles.h"
 
 namespace gossamer {
@@ -26,66 +26,9 @@ int fail(const char* format, ...) {
 
 namespace {
 
-int64_t columns_of(const gossamer_conv& c) {
-  return c.kernel_h * c.kernel_w * round_up(c.channels, 4);
-}
-
-int check_conv(const gossamer_conv& c) {
-  if (c.images < 0 || c.height < 1 || c.width < 1 || c.channels < 1 || c.kernel_h < 1 ||
-      c.kernel_w < 1 || c.stride_h < 1 || c.stride_w < 1 || c.dilation_h < 1 || c.dilation_w < 1 ||
-      c.pad_top < 0 || c.pad_left < 0 || c.out_h < 1 || c.out_w < 1) {
-    return fail(
-        "a convolution of %lld x %lld x %lld with kernel %lld x %lld gives an output of %lld x "
-        "%lld: every "
-        "size, stride and dilation must be at least 1",
-        Long(c.height), Long(c.width), Long(c.channels), Long(c.kernel_h), Long(c.kernel_w),
-        Long(c.out_h), Long(c.out_w));
-  }
-  return GOSSAMER_OK;
-}
-
-int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* y) {
-  if (!active_kernels()) return fail("%s", isa_error());
-  if (!x || !y) return fail("x and y must not be NULL");
-  if (n < 1 || k < 1)
-    return fail("n=%lld, k=%lld: a weight needs at least one output and one input", Long(n),
-                Long(k));
-  if (k > kMaxK) {
-    return fail("k=%lld overflows int32 (limit %lld): split the layer", Long(k), Long(kMaxK));
-  }
-  if (x->dtype < GOSSAMER_FLOAT32 || x->dtype > GOSSAMER_FLOAT16) {
-    return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(x->dtype));
-  }
-  // 2^-126: 1 / scale is finite.
-  if (x->scale != 0 && !(x->scale >= 0x1p-126f && x->scale <= FLT_MAX)) {
-    return fail("x has scale %g: it must be 0 (dynamic) or a finite normal number", x->scale);
-  }
-  if (x->zero < 0 || x->zero > 255) return fail("x has zero=%d: it must be 0 to 255", int(x->zero));
-  if (y->activation < GOSSAMER_NONE || y->activation > GOSSAMER_SILU) {
-    return fail("activation %d is unknown: use 0 (none), 1 (relu), 2 (gelu) or 3 (silu)",
-                int(y->activation));
-  }
-  if (x->conv) {
-    if (const int status = check_conv(*x->conv)) return status;
-    if (columns_of(*x->conv) != k) {
-      return fail("the convolution has %lld columns, the weight k=%lld", Long(columns_of(*x->conv)),
-                  Long(k));
-    }
-  } else if (x->rows < 0 || (x->rows > 1 && x->stride < k) || y->planar) {
-    return fail("rows=%lld with stride %lld cannot hold k=%lld elements each", Long(x->rows),
-                Long(x->stride), Long(k));
-  }
-  if (!y->planar && y->stride < n) {
-    return fail("y has stride %lld, shorter than its n=%lld outputs", Long(y->stride), Long(n));
-  }
-  return GOSSAMER_OK;
-}
-
 // Rows of a dense tile: enough to use a panel (in L2) many times, few enough that their bytes stay
 // in L2 too.
 constexpr int64_t kDenseTile = 64;
-// Panels a unit: 128 outputs. Finer units would only add calls.
-constexpr int64_t kUnitPanels = 8;
 
 // The table for a tile of a sparse product. Up to 8 rows would leave half of 16 lanes empty: those of
 // avx2 take 0.75 of the time.
@@ -94,10 +37,6 @@ const Kernels* kernels_for(int64_t rows) {
   if (rows > 1 && rows <= 8 && active_kernels() == &avx512vnni::kernels) return &avx2::kernels;
 #endif
   return active_kernels();
-}
-
-Range panel_range(Range units, int64_t panels) {
-  return {units.begin * kUnitPanels, std::min(units.end * kUnitPanels, panels)};
 }
 
 // A dense product of quantized rows, padded to `step` inputs, by one kernel of the table.
@@ -129,6 +68,7 @@ using namespace gossamer;
 extern "C" int gossamer_gemm_int8(const gossamer_input* x, const gossamer_int8* w,
                                   const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
+  if (x && x->conv) return gossamer_conv_int8(x, w, y, parallel_for);
   return quantized_gemm(x, *w, y, kStep, &Kernels::gemm_int8, parallel_for);
 }
 
@@ -192,6 +132,7 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
 extern "C" int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
                                   const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
+  if (x && x->conv) return gossamer_conv_spmm_int8(x, w, y, parallel_for);
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y)) return status;
   const int64_t chunk = chunk_rows(index.n);
@@ -218,7 +159,7 @@ extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
                               const gossamer_index* w, float* dw,
                               gossamer_parallel_for parallel_for) {
   if (!dy || !w || (!dw && w->entries > 0)) return fail("dy, w and dw must not be NULL");
-  const gossamer_output y{dw, w->n, 0, nullptr, GOSSAMER_NONE};
+  const gossamer_output y{dw, w->n, 0, nullptr, GOSSAMER_NONE, nullptr};
   if (const int status = check(x, w->n, w->k, &y)) return status;
   const Work rows = work_of(*x, kMaxLanes, 1);
   if (dy->conv || dy->rows != rows.images * rows.rows || (dy->rows > 1 && dy->stride < w->n)) {
@@ -256,7 +197,7 @@ extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
 extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q,
                                       int64_t q_stride, float* scale, int32_t* zero,
                                       gossamer_parallel_for parallel_for) {
-  const gossamer_output y{q, k, 0, nullptr, GOSSAMER_NONE};
+  const gossamer_output y{q, k, 0, nullptr, GOSSAMER_NONE, nullptr};
   if (x && x->conv) return fail("quantize_rows takes rows, not a convolution");
   if (const int status = check(x, k, std::min(k, kMaxK), &y)) return status;
   if (x->rows > 1 && x->stride < k) {
@@ -276,7 +217,9 @@ extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_
 
 extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
                                gossamer_parallel_for parallel_for) {
-  if (!x || !x->conv) return fail("im2col needs the geometry of a convolution");
+  if (!x || !x->conv || x->planar) {
+    return fail("im2col needs the geometry of a convolution, channels innermost");
+  }
   if (!rows && x->conv->images > 0) return fail("rows must not be NULL");
   if (x->dtype < GOSSAMER_FLOAT32 || x->dtype > GOSSAMER_FLOAT16) {
     return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(x->dtype));

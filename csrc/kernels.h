@@ -44,6 +44,30 @@ struct Range {
   int64_t begin, end;
 };
 
+// An image of floats: planar, or with its channels innermost.
+struct FloatImage {
+  const void* x;
+  gossamer_dtype dtype;
+  bool planar;
+  int64_t channels, pixels;
+};
+
+// Some output pixels of one blocked image: at most kMaxPixels.
+struct ImageTile {
+  const uint8_t* q;
+  const gossamer_conv& conv;
+  Affine affine;  // a scale of NaN makes all results NaN
+  Range pixels;
+};
+
+// Where they go, in the image that to.y points to: blocked; planar, to.stride is a plane's pixels;
+// or with its channels innermost, to.stride elements a pixel.
+struct ImageDestination {
+  Destination to;
+  bool planar;
+  const gossamer_blocked* blocked;  // its residual is that of this image
+};
+
 // One type a stem. Scratch is what the functions below say, 64-byte aligned.
 using QuantizeRows = void(const FloatTile& x, int64_t k, Affine given, uint8_t* q, int64_t q_stride,
                           float* scale, int32_t* zero);
@@ -63,12 +87,25 @@ using Sddmm = void(const FloatTile& x, const FloatTile& dy, const gossamer_index
 // Rows (output pixels) of one image; `size` bytes an element; `pad` fills what lies outside.
 using Im2col = void(const void* image, const gossamer_conv& conv, int64_t size, uint8_t pad,
                     Range rows, void* out);
+using ConvInt8 = void(const ImageTile& x, const gossamer_int8& w, Range panels,
+                      const ImageDestination& to, void* scratch);
+using ConvSpmmInt8 = void(const ImageTile& x, const gossamer_sparse_int8& w, Range chunks,
+                          const ImageDestination& to, void* scratch);
+// Pixels of one image (all of them where `given` is its own range). -> the range; a scale of NaN
+// where they hold a NaN or an Inf.
+using Block = Affine(const FloatImage& x, Affine given, Range pixels, uint8_t* q);
+// Blocks of four channels of one image.
+using Unblock = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels,
+                     Range blocks, gossamer_dtype dtype, void* y);
+// Output pixels of one image, at most kMaxPixels.
+using MaxPool = void(const uint8_t* q, const gossamer_conv& conv, Range pixels, uint8_t* y);
 // No operator: what bounds them, for benchmarks. -> operations or bytes; `mean` of the loop's sums.
 using Ceilings = double(gossamer_loop loop, const int32_t* data, int64_t bytes, int64_t turns,
                         float* mean);
 
 struct Kernels {
   const char* isa;
+  int64_t lanes;
   // Up to this k, spmm_int8 is faster on tiles of 64 rows than of 32.
   int64_t wide_k;
   QuantizeRows* quantize_rows;
@@ -79,6 +116,11 @@ struct Kernels {
   SpmmInt8* spmm_int8;
   Sddmm* sddmm;
   Im2col* im2col;
+  ConvInt8* conv_int8;
+  ConvSpmmInt8* conv_spmm_int8;
+  Block* block;
+  Unblock* unblock;
+  MaxPool* max_pool;
   Ceilings* ceilings;
 };
 
@@ -86,6 +128,8 @@ struct Kernels {
 constexpr int64_t kMaxLanes = 64;
 // Rows in a tile of spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
+// Most pixels in a tile of a convolution.
+constexpr int64_t kMaxPixels = 64;
 
 // Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a
 // vector: 16 on the widest Isa.
@@ -100,6 +144,13 @@ static inline int64_t spmm_scratch(int64_t n, int64_t k, int64_t rows) {
 }
 static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
   return (ceil_div(k, 4) + chunk_rows(n)) * panel_lanes(rows) * 4;
+}
+// Of a tile of `pixels`: the panel, its lines rounded up to two, and the sums.
+static inline int64_t conv_int8_scratch(int64_t k, int64_t pixels) {
+  return (round_up(ceil_div(k, 4), 2) + kPanel) * round_up(pixels, 16) * 4;
+}
+static inline int64_t conv_spmm_int8_scratch(int64_t n, int64_t k, int64_t pixels) {
+  return (ceil_div(k, 4) + chunk_rows(n)) * round_up(pixels, 16) * 4;
 }
 
 static inline int64_t sddmm_scratch(int64_t n, int64_t k, int64_t rows) {

@@ -146,6 +146,12 @@ inline int64_t tile_rows(int64_t most, int64_t row_bytes, int64_t n, int64_t k) 
   return most;
 }
 
+// Panels a unit: 128 outputs. Finer units would only add calls.
+constexpr int64_t kUnitPanels = 8;
+inline Range panel_range(Range units, int64_t panels) {
+  return {units.begin * kUnitPanels, std::min(units.end * kUnitPanels, panels)};
+}
+
 inline Work work_of(const gossamer_input& x, int64_t tile, int64_t units) {
   const int64_t images = x.conv ? x.conv->images : 1,
                 rows = x.conv ? x.conv->out_h * x.conv->out_w : x.rows;
@@ -169,6 +175,13 @@ struct Arena {
     return part;
   }
 };
+
+inline int64_t columns_of(const gossamer_conv& c) {
+  return c.kernel_h * c.kernel_w * round_up(c.channels, 4);
+}
+inline int64_t blocked_bytes(int64_t channels, int64_t pixels) {
+  return round_up(channels, 4) * pixels;
+}
 
 inline const char* image_at(const gossamer_input& x, int64_t image) {
   const gossamer_conv& c = *x.conv;

@@ -47,9 +47,14 @@ PLAIN_C = {"<math.h>", "<stdint.h>", "<string.h>"}
 # Arrows point one way: simd <- kernels <- isa <- the C ABI <- torch, Python.
 INCLUDES = {
     "csrc/simd": {*PLAIN_C, "<immintrin.h>", "<arm_neon.h>", '"layout.h"', '"simd/quad.h"'},
-    "csrc/kernels": {*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"lanes.h"', "GOSSAMER_SIMD"},
+    "csrc/kernels": {
+        *(*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"quantize.h"', '"lanes.h"', '"pixels.h"'),
+        "GOSSAMER_SIMD",
+    },
     "csrc/include": {"<stdint.h>"},
-    "csrc/torch": {'"include/gossamer.h"', '"torch/shim.h"', '"torch/tensor.h"'},
+    "csrc/torch": {
+        *('"include/gossamer.h"', '"torch/shim.h"', '"torch/tensor.h"', '"torch/operands.h"'),
+    },
     "csrc/python": {'"gossamer.h"', "<sys/auxv.h>", "<pybind11/pybind11.h>", "<pybind11/stl.h>"},
 }
 
@@ -103,7 +108,7 @@ ORDER = (
     ("layers",),
     ("calibrate",),
     ("compress",),
-    ("prune", "distill", "checkpoint", "gptq", "qat", "smooth"),
+    ("prune", "distill", "checkpoint", "fuse", "gptq", "qat", "smooth"),
     ("integrations",),
     ("compare",),
     ("loop",),
@@ -294,7 +299,18 @@ PUBLIC = [
     *("Comparison", "Conv2d", "Cosine", "Cubic", "DIST", "Distiller", "Format", "Hint"),
     *("History", "Int4", "Int8", "KD", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
     *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *("compress_", "fit", "gptq_", "integrations", "isa", "load_", "prune_", "qat_", "save"),
+    *(
+        "compress_",
+        "fit",
+        "fuse",
+        "gptq_",
+        "integrations",
+        "isa",
+        "load_",
+        "prune_",
+        "qat_",
+        "save",
+    ),
     *("sensitivity", "slim_", "smooth_"),
 ]
 

@@ -92,7 +92,7 @@ def test_activation_of_any_float(isa: str, stem: str, activation: str) -> None:
     # x = 0 leaves the bias as the activation's argument, exactly.
     special = [0.0, 1e-40, 1e-30, 87.0, 88.0, 89.0, 104.0, 1e4, 1e19, 1e30, 3e38, torch.inf]
     bias = torch.cat([torch.linspace(-30, 30, 6001), torch.tensor(special), -torch.tensor(special)])
-    if activation in ("gelu", "silu"):
+    if activation in ("gelu", "silu", "hardswish"):
         bias = bias[bias > -torch.inf]  # 0 * Inf
     packed = pack(torch.zeros(len(bias), 4), testing.FORMATS[stem])
     y = packed.matmul(torch.zeros(2, 4), bias, activation)
@@ -102,6 +102,8 @@ def test_activation_of_any_float(isa: str, stem: str, activation: str) -> None:
         "none": 0 * size,
         "relu": 0 * size,
         "gelu": 2 * reference.EPS32 * size + tiny,  # 1 + erf cancels; erf is right to 1.5e-7
+        "relu6": 0 * size,
+        "hardswish": 4 * reference.EPS32 * (want.abs() + size / 2) + tiny,  # y + 3 cancels
         "silu": 4 * reference.EPS32 * want.abs()
         + size * 2.0**-126
         + tiny,  # exp is never above e^88

@@ -20,8 +20,20 @@ extern "C" {
 #define GOSSAMER_VERSION "0.1.0"
 
 typedef enum { GOSSAMER_OK = 0, GOSSAMER_INVALID = 1, GOSSAMER_NO_MEMORY = 2 } gossamer_status;
-typedef enum { GOSSAMER_FLOAT32, GOSSAMER_BFLOAT16, GOSSAMER_FLOAT16 } gossamer_dtype;
-typedef enum { GOSSAMER_NONE, GOSSAMER_RELU, GOSSAMER_GELU, GOSSAMER_SILU } gossamer_activation;
+typedef enum {
+  GOSSAMER_FLOAT32,
+  GOSSAMER_BFLOAT16,
+  GOSSAMER_FLOAT16,
+  GOSSAMER_UINT8 /* images only: blocked, see gossamer_block */
+} gossamer_dtype;
+typedef enum {
+  GOSSAMER_NONE,
+  GOSSAMER_RELU,
+  GOSSAMER_GELU,
+  GOSSAMER_SILU,
+  GOSSAMER_RELU6,
+  GOSSAMER_HARDSWISH
+} gossamer_activation;
 
 /* Runs body(b, e, ctx) over disjoint ranges that cover [begin, end), none shorter than grain unless
  * it is the last, on as many threads as the caller likes, and returns when all are done. NULL
@@ -30,9 +42,9 @@ typedef void (*gossamer_body)(int64_t begin, int64_t end, void* ctx);
 typedef void (*gossamer_parallel_for)(int64_t begin, int64_t end, int64_t grain, gossamer_body body,
                                       void* ctx);
 
-/* How a convolution reads its rows: the input is (images, height, width, channels), channels
- * innermost; a row of the product is one output pixel, its columns are (tap row, tap column,
- * channel rounded up to 4). */
+/* How a convolution reads its rows: the input is (images, height, width, channels), in the order
+ * that gossamer_input says; a row of the product is one output pixel, its columns are (tap row, tap
+ * column, channel rounded up to 4). */
 typedef struct {
   int64_t images, height, width, channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
@@ -42,7 +54,11 @@ typedef struct {
 /* The left operand: `rows` rows of k contiguous elements, `stride` elements apart; or, with conv,
  * an image. A product of integers quantizes it on the way, x ~ (u8 - zero) * scale, by the range of
  * each row (a convolution: of each image) where scale is 0, else by this scale and zero point; what
- * lies outside is clamped. The others do not read them. */
+ * lies outside is clamped. The others do not read them.
+ *
+ * The channels of an image are innermost, or with planar outermost: (channels, height, width),
+ * which convolutions of int8 weights take; or it is a blocked image of bytes, GOSSAMER_UINT8, of
+ * the scale and zero point given. */
 typedef struct {
   const void* data;
   gossamer_dtype dtype;
@@ -50,16 +66,28 @@ typedef struct {
   const gossamer_conv* conv;
   float scale;
   int32_t zero; /* 0 .. 255 */
+  int planar;
 } gossamer_input;
 
-/* The result, in the input's dtype: y(row, output). planar = 0: rows of n elements, `stride` apart.
- * planar = 1 (conv only): (images, n, out_h, out_w), the layout torch calls contiguous. */
+/* A blocked result: y ~ (u8 - zero) * scale, from activation(x * w + bias + residual). */
+typedef struct {
+  float scale;
+  int32_t zero;
+  const uint8_t* residual; /* a blocked image of y's shape, or NULL */
+  float residual_scale;
+  int32_t residual_zero;
+} gossamer_blocked;
+
+/* The result, in the input's dtype (of GOSSAMER_UINT8: in float32): y(row, output). planar = 0:
+ * rows of n elements, `stride` apart. planar = 1 (conv only): (images, n, out_h, out_w), the layout
+ * torch calls contiguous. blocked (of GOSSAMER_UINT8 only): another blocked image. */
 typedef struct {
   void* data;
   int64_t stride;
   int planar;
   const float* bias; /* n, or NULL */
   gossamer_activation activation;
+  const gossamer_blocked* blocked; /* NULL: floats */
 } gossamer_output;
 
 /* Dense int8: w[o][i] = scale[o] * q[o][i], q in panels of 16 outputs. */
@@ -115,6 +143,27 @@ GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w
                                const gossamer_output* y, gossamer_parallel_for parallel_for);
 GOSSAMER_API int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
+
+/* Convolutions of gossamer_gemm_int8 and gossamer_spmm_int8, which call them for x->conv. */
+GOSSAMER_API int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* w,
+                                    const gossamer_output* y, gossamer_parallel_for parallel_for);
+GOSSAMER_API int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
+                                         const gossamer_output* y,
+                                         gossamer_parallel_for parallel_for);
+
+/* x, images of `channels` x `pixels` floats each (planar or not; stride elements apart), by its
+ * scale and zero point to blocked images q: (rows, ceil(channels / 4), pixels, 4) bytes, channels
+ * that are added hold the zero point. GOSSAMER_INVALID where x holds a NaN or an Inf. */
+GOSSAMER_API int gossamer_block(const gossamer_input* x, int64_t channels, int64_t pixels,
+                                uint8_t* q, gossamer_parallel_for parallel_for);
+/* And back: y is (rows, channels, pixels) floats. */
+GOSSAMER_API int gossamer_unblock(const gossamer_input* q, int64_t channels, int64_t pixels,
+                                  void* y, gossamer_dtype dtype,
+                                  gossamer_parallel_for parallel_for);
+/* The largest of each window of q->conv, of blocked images: bytes are ordered as what they stand
+ * for. What lies outside is 0. */
+GOSSAMER_API int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
+                                   gossamer_parallel_for parallel_for);
 
 /* The gradient of a sparse weight: dw(entry of output o, input i) = sum over rows of dy(row, o) *
  * x(row, i), for the entries of an index. dy has a row of n elements for each row of x (with conv:

@@ -65,6 +65,10 @@ static inline F32 activate(F32 y, gossamer_activation activation) {
       return mul(mul(set(0.5f), y), add(set(1.0f), erf(mul(y, set(0.707106781f)))));
     case GOSSAMER_SILU:
       return div(y, add(set(1.0f), exp(sub(set(0.0f), y))));
+    case GOSSAMER_RELU6:
+      return min(set(6.0f), max(set(0.0f), y));
+    case GOSSAMER_HARDSWISH:  // 6 * (1 / 6.0f) is 1: y itself from 3 on
+      return mul(y, mul(min(set(6.0f), max(set(0.0f), add(y, set(3.0f)))), set(1 / 6.0f)));
   }
   return y;
 }

@@ -16,49 +16,20 @@
 // is below 2^-127 an element. Clamped as floats: what lies far outside of a given range would
 // overflow an int32.
 
-#include "epilogue.h"
+#include "quantize.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
 namespace {
 
-// Of the row's own range; a scale of NaN, and zero 0, where the row holds a NaN or an Inf.
-template <typename T>
-Affine own(const T* x, int64_t k) {
-  // x * 0 is NaN just when x is NaN or Inf. Two chains each: min and max have a latency of 4 there.
-  F32 low[2] = {set(0.0f), set(0.0f)}, high[2] = {set(0.0f), set(0.0f)},
-      bad[2] = {set(0.0f), set(0.0f)};
-  const auto see = [&](F32 v, int chain) {
-    low[chain] = min(v, low[chain]);
-    high[chain] = max(v, high[chain]);
-    bad[chain] = add(bad[chain], mul(v, set(0.0f)));
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= k; i += 2 * kLanes) {
-    see(load(x + i), 0);
-    see(load(x + i + kLanes), 1);
-  }
-  for (; i < k; i += kLanes) see(load_first(x + i, lanes_left(k, i)), 0);
-
-  const float bottom = reduce_min(min(low[0], low[1])), top = reduce_max(max(high[0], high[1]));
-  const float nan = reduce_add(add(bad[0], bad[1]));
-  if (!(nan == 0)) return {nan, 0};
-  float s = top / 255 - bottom / 255;
-  s = s > 0x1p-126f ? s : 0x1p-126f;
-  // The magic constant rounds half to even as round() does, without leaving float.
-  return {s, static_cast<int32_t>((-bottom * (1 / s) + 12582912.0f) - 12582912.0f)};
-}
-
 // Writes q; -> 0, or where kCheck NaN if the row holds a NaN or an Inf.
 template <bool kCheck, typename T>
 float quantize(const T* x, int64_t k, Affine a, uint8_t* q) {
-  const F32 factor = set(1 / a.scale), first = set(static_cast<float>(-a.zero)),
-            last = set(static_cast<float>(255 - a.zero));
-  const I32 shift = set(a.zero);
+  const Quantize quantized(a);
   F32 bad = set(0.0f);
   const auto bytes = [&](F32 v) {
     if (kCheck) bad = add(bad, mul(v, set(0.0f)));
-    return add(round(min(max(mul(v, factor), first), last)), shift);
+    return quantized(v);
   };
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) store_bytes(q + i, bytes(load(x + i)));
@@ -74,7 +45,7 @@ template <typename T>
 Affine row(const T* x, int64_t k, Affine given, uint8_t* q) {
   Affine a = given;
   if (given.scale == 0) {
-    a = own(x, k);
+    a = own_range(x, k);
     if (a.scale == a.scale) quantize<false>(x, k, a, q);
   } else if (const float nan = quantize<true>(x, k, a, q); nan != 0) {
     a = {nan, 0};

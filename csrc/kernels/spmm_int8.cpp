@@ -26,26 +26,6 @@ namespace gossamer {
 namespace GOSSAMER_ISA {
 namespace {
 
-template <int V>
-void cell(const int32_t* panel, const gossamer_sparse_int8& w, const Cell& c, int32_t* sums) {
-  constexpr int64_t kWidth = V * kLanes;
-  const int8_t* values = w.values + c.entry * 4;
-  const uint8_t* columns = w.index.columns + c.entry;
-  for (int64_t r = 0; r < c.count; ++r) {
-    int32_t* to = sums + c.rows[2 * r] * kWidth;
-    const int64_t length = c.rows[2 * r + 1];
-    I32 sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(to + v * kLanes);
-    for (int64_t i = 0; i < length; i += 2, values += 8, columns += 2) {
-      const I32 w0 = set_word(values), w1 = set_word(values + 4);
-      const int32_t *x0 = panel + columns[0] * kWidth, *x1 = panel + columns[1] * kWidth;
-      for (int v = 0; v < V; ++v)
-        sum[v] = dot(sum[v], load(x0 + v * kLanes), w0, load(x1 + v * kLanes), w1);
-    }
-    for (int v = 0; v < V; ++v) store(to + v * kLanes, sum[v]);
-  }
-}
-
 // What turns the sums of some outputs into floats, for write_lanes and write_quads.
 auto dequantizer(const QuantizedTile& x, const gossamer_sparse_int8& w) {
   return [&](const Outputs& outputs) {
@@ -62,7 +42,9 @@ void chunks_of(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
   int32_t* sums = panel + columns * kWidth;
   each_chunk(
       w.index, chunks, columns, kBlockWords, sums, kWidth,
-      [&](int64_t b, const Cell& c) { cell<V>(panel + b * kBlockWords * kWidth, w, c, sums); },
+      [&](int64_t b, const Cell& c) {
+        multiply_blocks<V>(panel + b * kBlockWords * kWidth, w, c, sums);
+      },
       [&](Range outputs) {
         write_lanes(sums, kWidth, x.rows, w.index.n, outputs, to, dequantizer(x, w));
       });

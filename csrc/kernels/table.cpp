@@ -17,9 +17,15 @@ Spmm spmm;
 SpmmInt8 spmm_int8;
 Sddmm sddmm;
 Im2col im2col;
+ConvInt8 conv_int8;
+ConvSpmmInt8 conv_spmm_int8;
+Block block;
+Unblock unblock;
+MaxPool max_pool;
 Ceilings ceilings;
 
 const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
+                         kLanes,
                          kWideK,
                          quantize_rows,
                          gemm_int8,
@@ -29,6 +35,11 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          spmm_int8,
                          sddmm,
                          im2col,
+                         conv_int8,
+                         conv_spmm_int8,
+                         block,
+                         unblock,
+                         max_pool,
                          ceilings};
 
 }  // namespace GOSSAMER_ISA

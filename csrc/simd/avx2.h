@@ -23,6 +23,8 @@ constexpr int kGemmPanels = 1;
 constexpr int kInt4Rows = 4;
 constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 2;
+// 4 outputs x 2 vectors of sums, 4 of pixels, 2 broadcasts, a product, ones: 16 registers.
+constexpr int kConvVectors = 2;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -93,6 +95,12 @@ static inline I32 load(const int32_t* p) {
 static inline I32 load_first(const int32_t* p, int count) {
   return {_mm256_maskload_epi32(p, first(count))};
 }
+static inline I32 load_where(const int32_t* p, I32 where) {
+  return {_mm256_maskload_epi32(p, where.v)};
+}
+static inline void store_first(int32_t* p, I32 a, int count) {
+  _mm256_maskstore_epi32(p, first(count), a.v);
+}
 static inline void store(int32_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
 }
@@ -145,6 +153,16 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
+template <int kByte>
+static inline I32 unsigned_byte(I32 a) {
+  return {_mm256_and_si256(_mm256_srli_epi32(a.v, 8 * kByte), _mm256_set1_epi32(255))};
+}
+static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const __m256i low = _mm256_or_si256(a.v, _mm256_slli_epi32(b.v, 8)),
+                high = _mm256_or_si256(c.v, _mm256_slli_epi32(d.v, 8));
+  return {_mm256_or_si256(low, _mm256_slli_epi32(high, 16))};
+}
+static inline I32 max_bytes(I32 a, I32 b) { return {_mm256_max_epu8(a.v, b.v)}; }
 
 // Across lanes.
 static inline float reduce_max(F32 a) {

@@ -23,6 +23,8 @@ constexpr int kGemmPanels = 2;
 constexpr int kInt4Rows = 6;
 constexpr int kInt4Panels = 2;
 constexpr int kInt4RowPanels = 4;
+// 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts: 26 of 32 registers.
+constexpr int kConvVectors = 4;
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 
@@ -85,7 +87,13 @@ static inline I32 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline I32 load_first(const int32_t* p, int count) {
   return {_mm512_maskz_loadu_epi32(first(count), p)};
 }
+static inline I32 load_where(const int32_t* p, I32 where) {
+  return {_mm512_maskz_loadu_epi32(_mm512_movepi32_mask(where.v), p)};
+}
 static inline void store(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
+static inline void store_first(int32_t* p, I32 a, int count) {
+  _mm512_mask_storeu_epi32(p, first(count), a.v);
+}
 static inline void store_bytes(uint8_t* p, I32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
@@ -131,6 +139,16 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
+template <int kByte>
+static inline I32 unsigned_byte(I32 a) {
+  return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * kByte), _mm512_set1_epi32(255))};
+}
+static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const __m512i low = _mm512_or_si512(a.v, _mm512_slli_epi32(b.v, 8)),
+                high = _mm512_or_si512(c.v, _mm512_slli_epi32(d.v, 8));
+  return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+static inline I32 max_bytes(I32 a, I32 b) { return {_mm512_max_epu8(a.v, b.v)}; }
 
 // Across lanes.
 static inline float reduce_max(F32 a) { return _mm512_reduce_max_ps(a.v); }

@@ -23,6 +23,8 @@ constexpr int kGemmPanels = 1;
 constexpr int kInt4Rows = 4;
 constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
+// Tile of conv_int8: four outputs x this many vectors of pixels.
+constexpr int kConvVectors = 2;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -103,7 +105,14 @@ static inline I32 load(const int32_t* p) {
 static inline I32 load_first(const int32_t* p, int count) {
   return each<I32>([&](int i) { return i < count ? p[i] : 0; });
 }
+// The lanes where `where` is -1; the others, where it is 0, are 0 and not read.
+static inline I32 load_where(const int32_t* p, I32 where) {
+  return each<I32>([&](int i) { return where.v[i] ? p[i] : 0; });
+}
 static inline void store(int32_t* p, I32 a) { memcpy(p, a.v, sizeof a); }
+static inline void store_first(int32_t* p, I32 a, int count) {
+  memcpy(p, a.v, static_cast<size_t>(count) * 4);
+}
 // Lanes 0..255 as bytes.
 static inline void store_bytes(uint8_t* p, I32 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(a.v[i]);
@@ -194,6 +203,28 @@ static inline F32 exp2(I32 n) {
 template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
+}
+template <int kByte>
+static inline I32 unsigned_byte(I32 a) {
+  return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
+}
+// The word of four lanes of 0..255, lowest byte first.
+static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  return each<I32>([&](int i) {
+    return int32_t(uint32_t(a.v[i]) | uint32_t(b.v[i]) << 8 | uint32_t(c.v[i]) << 16 |
+                   uint32_t(d.v[i]) << 24);
+  });
+}
+// The larger of each two unsigned bytes.
+static inline I32 max_bytes(I32 a, I32 b) {
+  return each<I32>([&](int i) {
+    uint32_t word = 0;
+    for (int bit = 0; bit < 32; bit += 8) {
+      const uint32_t x = uint32_t(a.v[i]) >> bit & 255, y = uint32_t(b.v[i]) >> bit & 255;
+      word |= (x > y ? x : y) << bit;
+    }
+    return int32_t(word);
+  });
 }
 
 // Across lanes.

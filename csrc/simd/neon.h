@@ -21,6 +21,8 @@ constexpr int kGemmPanels = 1;
 constexpr int kInt4Rows = 3;
 constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
+// 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts, a correction: 27 of 32. Not measured.
+constexpr int kConvVectors = 4;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -60,6 +62,12 @@ static inline void store(Float16* p, F32 a) {
 static inline I32 load(const int32_t* p) { return {vld1q_s32(p)}; }
 static inline void store(int32_t* p, I32 a) { vst1q_s32(p, a.v); }
 // There are no masked loads and stores: through a buffer.
+static inline I32 load_where(const int32_t* p, I32 where) {
+  int32_t buffer[kLanes], wanted[kLanes];
+  store(wanted, where);
+  for (int i = 0; i < kLanes; ++i) buffer[i] = wanted[i] ? p[i] : 0;
+  return load(buffer);
+}
 template <typename T>
 static inline auto load_first(const T* p, int count) {
   T buffer[kLanes] = {};
@@ -71,6 +79,11 @@ static inline void store_first(T* p, F32 a, int count) {
   T buffer[kLanes];
   store(buffer, a);
   memcpy(p, buffer, static_cast<size_t>(count) * sizeof(T));
+}
+static inline void store_first(int32_t* p, I32 a, int count) {
+  int32_t buffer[kLanes];
+  store(buffer, a);
+  memcpy(p, buffer, static_cast<size_t>(count) * 4);
 }
 static inline void store_bytes(uint8_t* p, I32 a) {
   const uint16x4_t words = vmovn_u32(vreinterpretq_u32_s32(a.v));
@@ -123,6 +136,18 @@ static inline F32 exp2(I32 n) {
 template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {vshrq_n_s32(vshlq_n_s32(a.v, 24 - 8 * kByte), 24)};
+}
+template <int kByte>
+static inline I32 unsigned_byte(I32 a) {
+  return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * kByte)), vdupq_n_s32(255))};
+}
+static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const int32x4_t low = vorrq_s32(a.v, vshlq_n_s32(b.v, 8)),
+                  high = vorrq_s32(c.v, vshlq_n_s32(d.v, 8));
+  return {vorrq_s32(low, vshlq_n_s32(high, 16))};
+}
+static inline I32 max_bytes(I32 a, I32 b) {
+  return {vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(a.v), vreinterpretq_u8_s32(b.v)))};
 }
 
 // Across lanes.

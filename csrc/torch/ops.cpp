@@ -2,7 +2,7 @@
 // on torch's threads.
 //
 // Every operator that multiplies takes either rows (..., k), or with `conv` an image (images,
-// channels, height, width) in channels_last memory. conv lists kernel, stride, dilation (height,
+// channels, height, width) in channels_last memory (of int8 weights: contiguous too). conv lists kernel, stride, dilation (height,
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
 // instead of channels_last. x_affine, of products that quantize x, holds the (scale, zero point) to do
 // that by; None: each row's own.
@@ -11,90 +11,21 @@
 #include <vector>
 
 #include "include/gossamer.h"
+#include "torch/operands.h"
 #include "torch/tensor.h"
+
+// image_ops.cpp
+namespace gossamer {
+void block(StableIValue* stack, uint64_t, uint64_t);
+void unblock(StableIValue* stack, uint64_t, uint64_t);
+void max_pool(StableIValue* stack, uint64_t, uint64_t);
+void conv_int8(StableIValue* stack, uint64_t, uint64_t);
+void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
+}  // namespace gossamer
 
 namespace {
 
 using namespace gossamer;
-
-void require_gossamer(int status) {
-  if (status != GOSSAMER_OK) fail(gossamer_error());
-}
-
-gossamer_dtype float_dtype(const Tensor& x) {
-  if (x.dtype == aoti_torch_dtype_float32()) return GOSSAMER_FLOAT32;
-  if (x.dtype == aoti_torch_dtype_bfloat16()) return GOSSAMER_BFLOAT16;
-  if (x.dtype == aoti_torch_dtype_float16()) return GOSSAMER_FLOAT16;
-  fail("x must be float32, bfloat16 or float16");
-}
-
-// x as the C ABI reads it: rows, or an image under a convolution.
-struct Input {
-  gossamer_input view;
-  gossamer_conv conv;
-  bool planar = false;
-
-  Input(const Tensor& x, int64_t k, const std::vector<int64_t>& geometry) {
-    view = {x.data, float_dtype(x), 0, k, nullptr, 0, 0};
-    geometry.empty() ? read_rows(x, k) : read_image(x, geometry);
-  }
-  Input(const Input&) = delete;
-
-  // (scale, zero point), or nothing.
-  void quantize_by(const std::vector<Tensor>& affine) {
-    if (affine.empty()) return;
-    const float* values = static_cast<const float*>(affine[0].data);
-    if (!(values[0] > 0))
-      fail("x_affine has scale " + std::to_string(values[0]) + ": not positive");
-    if (!(values[1] >= 0 && values[1] <= 255)) {
-      fail("x_affine has zero point " + std::to_string(values[1]) + ": it must be 0 to 255");
-    }
-    view.scale = values[0];
-    view.zero = static_cast<int32_t>(values[1]);
-  }
-
- private:
-  void read_rows(const Tensor& x, int64_t k) {
-    if (x.dim < 1 || x.sizes[x.dim - 1] != k) {
-      fail("x of shape " + x.shape() + " must end with k=" + std::to_string(k) + " features");
-    }
-    const bool strided = x.dim == 2 && (x.strides[1] == 1 || k == 1) && x.strides[0] >= k;
-    if (!strided && !x.contiguous())
-      fail("x of shape " + x.shape() + " must be contiguous: call x.contiguous()");
-    view.rows = k == 0 ? 0 : x.numel() / k;
-    if (strided && x.sizes[0] > 1) view.stride = x.strides[0];
-  }
-
-  void read_image(const Tensor& x, const std::vector<int64_t>& g) {
-    if (g.size() != 11) fail("conv needs 11 integers, got " + std::to_string(g.size()));
-    if (x.dim != 4) fail("x of shape " + x.shape() + " must be (images, channels, height, width)");
-    const int64_t n = x.sizes[0], c = x.sizes[1], h = x.sizes[2], w = x.sizes[3];
-    const int64_t expected[4] = {h * w * c, 1, w * c, c};
-    for (int i = 0; i < 4; ++i) {
-      if (x.sizes[i] > 1 && x.strides[i] != expected[i])
-        fail("x of shape " + x.shape() + " must be channels_last");
-    }
-    const auto out = [](int64_t in, int64_t pad, int64_t kernel, int64_t stride, int64_t dilation) {
-      return stride < 1 ? 0 : (in + pad - dilation * (kernel - 1) - 1) / stride + 1;
-    };
-    conv = {n,
-            c > 0 ? h : 0,
-            w,
-            c,
-            g[0],
-            g[1],
-            g[2],
-            g[3],
-            g[4],
-            g[5],
-            g[6],
-            g[8],
-            out(h, g[6] + g[7], g[0], g[2], g[4]),
-            out(w, g[8] + g[9], g[1], g[3], g[5])};
-    view.conv = &conv;
-    planar = g[10] != 0;
-  }
-};
 
 Tensor result(const Tensor& x, const Input& input, int64_t n) {
   if (!input.view.conv) {
@@ -113,32 +44,21 @@ Tensor result(const Tensor& x, const Input& input, int64_t n) {
   return Tensor::empty({c.images, n, h, w}, {n * plane, 1, w * n, n}, x.dtype);
 }
 
-void parallel_for(int64_t begin, int64_t end, int64_t grain, gossamer_body body, void* context) {
-  require(torch_parallel_for(begin, end, grain, body, context), "parallel_for");
-}
-
 // What all products share: their tail arguments (bias, k, activation, conv), and the result.
 // `multiply` gets the input and the output of the C ABI.
 template <typename Multiply>
 StableIValue product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments,
-                     int64_t n, Multiply multiply) {
+                     int64_t n, Multiply multiply, bool any_layout = false) {
   const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
-  const int64_t k = arguments.integer(), activation = arguments.integer();
-  if (activation < GOSSAMER_NONE || activation > GOSSAMER_SILU) {
-    fail("activation " + std::to_string(activation) +
-         " is unknown: use 0 (none), 1 (relu), 2 (gelu) or 3 (silu)");
-  }
-  Input input(x, k, arguments.optional_integers());
+  const int64_t k = arguments.integer();
+  const gossamer_activation activation = activation_of(arguments.integer());
+  Input input(x, k, arguments.optional_integers(), any_layout);
   input.quantize_by(affine);
   Tensor y = result(x, input, n);
-  const gossamer_output output{y.data, n, input.planar,
-                               bias.empty() ? nullptr : static_cast<const float*>(bias[0].data),
-                               static_cast<gossamer_activation>(activation)};
+  const gossamer_output output{y.data, n, input.planar, floats_of(bias), activation, nullptr};
   require_gossamer(multiply(input.view, k, output));
   return y.release();
 }
-
-int64_t up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // (x, panels, scale, wsum, x_affine, bias, k, activation, conv); gemm_w8 has no wsum, no x_affine.
 template <bool kQuantized>
@@ -148,24 +68,18 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
-  const int32_t* wsum = nullptr;
   std::vector<Tensor> sums, affine;
   if (kQuantized) {
     sums.push_back(arguments.weight("wsum", aoti_torch_dtype_int32(), n));
-    wsum = static_cast<const int32_t*>(sums[0].data);
     affine = arguments.optional_floats("x_affine", 2);
   }
-  stack[0] = product(x, affine, arguments, n,
-                     [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-                       if (panels.numel() != up(n, 16) * up(k, 8)) {
-                         fail("panels of shape " + panels.shape() +
-                              " do not hold n=" + std::to_string(n) + ", k=" + std::to_string(k));
-                       }
-                       const gossamer_int8 w{n, k, static_cast<const int8_t*>(panels.data),
-                                             static_cast<const float*>(scale.data), wsum};
-                       return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y,
-                                                                                   parallel_for);
-                     });
+  stack[0] = product(
+      x, affine, arguments, n,
+      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_int8 w = dense_int8(panels, scale, kQuantized ? &sums[0] : nullptr, k);
+        return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
+      },
+      kQuantized);
 }
 
 // (x, panels, group_scale, scale, wsum, bias, k, activation, conv)
@@ -199,32 +113,6 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
       });
 }
 
-// The three tensors of an index follow each other: columns, rows, cells.
-struct Index {
-  Tensor columns, rows, cells;
-
-  Index(Arguments& arguments, int64_t entries)
-      : columns(arguments.weight("columns", aoti_torch_dtype_uint8(), entries)),
-        rows(arguments.weight("rows", aoti_torch_dtype_uint16(), -1)),
-        cells(arguments.weight("cells", aoti_torch_dtype_int32(), -1)) {}
-
-  // Only what a wrong n or k could break is checked a call; what came from a file was checked when
-  // it was read.
-  gossamer_index view(int64_t n, int64_t k, int64_t unit) const {
-    if (cells.numel() != 2 * (gossamer_cell_count(n, k, unit) + 1)) {
-      fail("cells of shape " + cells.shape() + " do not belong to n=" + std::to_string(n) +
-           ", k=" + std::to_string(k));
-    }
-    return {n,
-            k,
-            columns.numel(),
-            rows.numel() / 2,
-            static_cast<const uint8_t*>(columns.data),
-            static_cast<const uint16_t*>(rows.data),
-            static_cast<const int32_t*>(cells.data)};
-  }
-};
-
 // (x, values, columns, rows, cells, n, bias, k, activation, conv)
 void spmm(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack, "TTTTTIOIIP");
@@ -249,14 +137,15 @@ void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
   const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
-  stack[0] = product(x, affine, arguments, n,
-                     [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-                       const gossamer_sparse_int8 w{index.view(n, k, 4),
-                                                    static_cast<const int8_t*>(values.data),
-                                                    static_cast<const float*>(scale.data),
-                                                    static_cast<const int32_t*>(wsum.data)};
-                       return gossamer_spmm_int8(&input, &w, &y, parallel_for);
-                     });
+  stack[0] = product(
+      x, affine, arguments, n,
+      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
+                                     static_cast<const float*>(scale.data),
+                                     static_cast<const int32_t*>(wsum.data)};
+        return gossamer_spmm_int8(&input, &w, &y, parallel_for);
+      },
+      true);
 }
 
 // (x, dy, columns, rows, cells, n, k, conv) -> dw
@@ -324,6 +213,9 @@ struct Operator {
 
 #define AFFINE "Tensor? x_affine"
 #define PRODUCT_TAIL "Tensor? bias, int k, int activation, int[]? conv) -> Tensor"
+#define CONV_TAIL                                                                               \
+  "Tensor x_affine, Tensor? bias, Tensor y_affine, Tensor? residual, Tensor? residual_affine, " \
+  "int k, int activation, int[] conv) -> Tensor"
 #define INDEX "Tensor columns, Tensor rows, Tensor cells, "
 const Operator kOperators[] = {
     {"quantize_rows", "quantize_rows(Tensor x, " AFFINE ") -> (Tensor, Tensor, Tensor)",
@@ -343,6 +235,16 @@ const Operator kOperators[] = {
      spmm_int8},
     {"sddmm", "sddmm(Tensor x, Tensor dy, " INDEX "int n, int k, int[]? conv) -> Tensor", sddmm},
     {"im2col", "im2col(Tensor x, int[] conv) -> Tensor", im2col},
+    {"block", "block(Tensor x, Tensor affine) -> Tensor", block},
+    {"unblock", "unblock(Tensor q, Tensor affine, int channels, int to) -> Tensor", unblock},
+    {"max_pool",
+     "max_pool(Tensor q, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
+     max_pool},
+    {"conv_int8", "conv_int8(Tensor q, Tensor panels, Tensor scale, Tensor wsum, " CONV_TAIL,
+     conv_int8},
+    {"conv_spmm_int8",
+     "conv_spmm_int8(Tensor q, Tensor values, " INDEX "Tensor scale, Tensor wsum, " CONV_TAIL,
+     conv_spmm_int8},
 };
 
 // Runs when the library is loaded; the registrations live as long as the process.

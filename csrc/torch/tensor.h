@@ -121,13 +121,10 @@ class Arguments {
     }
     return t;
   }
-  // (n) floats, or none. An optional is null or a box on the heap that its reader frees.
+  // (n) floats, or none.
   std::vector<Tensor> optional_floats(const char* name, int64_t n) {
-    std::vector<Tensor> floats;
-    if (auto* box = take<StableIValue*>()) {
-      floats.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
-      delete box;
-      const Tensor& f = floats[0];
+    std::vector<Tensor> floats = optional_tensor();
+    for (const Tensor& f : floats) {
       if (f.dtype != aoti_torch_dtype_float32() || f.dim != 1 || f.sizes[0] != n ||
           !f.contiguous()) {
         fail(std::string(name) + " of shape " + f.shape() + " must be float32 and of shape (" +
@@ -135,6 +132,15 @@ class Arguments {
       }
     }
     return floats;
+  }
+  // An optional is null or a box on the heap that its reader frees.
+  std::vector<Tensor> optional_tensor() {
+    std::vector<Tensor> found;
+    if (auto* box = take<StableIValue*>()) {
+      found.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
+      delete box;
+    }
+    return found;
   }
   std::vector<int64_t> optional_integers() {
     std::vector<int64_t> values;

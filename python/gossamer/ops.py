@@ -10,7 +10,7 @@ from torch import Tensor
 
 import gossamer
 
-ACTIVATIONS = ("none", "relu", "gelu", "silu")
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6", "hardswish")
 
 
 def _load() -> None:
@@ -28,6 +28,7 @@ def _load() -> None:
 
 if not hasattr(torch.ops.gossamer, "gemm_int8"):  # loading it twice is an error
     _load()
+from gossamer import fakes  # noqa: E402, F401  (of what was just loaded)
 
 _quantize_rows = torch.ops.gossamer.quantize_rows.default
 _gemm_int8 = torch.ops.gossamer.gemm_int8.default
@@ -37,6 +38,11 @@ _spmm = torch.ops.gossamer.spmm.default
 _spmm_int8 = torch.ops.gossamer.spmm_int8.default
 _sddmm = torch.ops.gossamer.sddmm.default
 _im2col = torch.ops.gossamer.im2col.default
+_block = torch.ops.gossamer.block.default
+_unblock = torch.ops.gossamer.unblock.default
+_max_pool = torch.ops.gossamer.max_pool.default
+_conv_int8 = torch.ops.gossamer.conv_int8.default
+_conv_spmm_int8 = torch.ops.gossamer.conv_spmm_int8.default
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,6 +77,11 @@ def _refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
     )
 
 
+@_refuse_gradient.register_fake
+def _(grad, shape):
+    return grad.new_empty(shape)
+
+
 class _Inference(torch.autograd.Function):
     """Marks a result whose gradient no kernel can give, so that asking for it is a sentence."""
 
@@ -84,11 +95,11 @@ class _Inference(torch.autograd.Function):
         return _refuse_gradient(grads[0], ctx.shape), None
 
 
-def _prepare(x: Tensor, conv: list[int] | None) -> Tensor:
-    """x in memory that a kernel can walk; almost always x itself."""
+def _prepare(x: Tensor, conv: list[int] | None, any_layout: bool = False) -> Tensor:
+    """x in memory that a kernel can walk, `any_layout` of images too; almost always x itself."""
     if x.dtype not in _FLOATS or not x.is_cpu:
         _refuse(x)
-    if conv is not None:
+    if conv is not None and not (any_layout and x.is_contiguous()):
         return x.contiguous(memory_format=torch.channels_last)
     if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
         return x
@@ -136,7 +147,7 @@ def gemm_int8(
         conv: kernel, stride, dilation (height, width each), padding (top, bottom, left, right), and
             1 if the result is to be contiguous, 0 for channels_last.
     """
-    x_ = _prepare(x, conv)
+    x_ = _prepare(x, conv, any_layout=True)
     return _finish(x, _gemm_int8(x_, panels, scale, wsum, x_affine, bias, k, activation, conv))
 
 
@@ -204,7 +215,7 @@ def spmm_int8(
     conv: list[int] | None = None,
 ) -> Tensor:
     """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
-    x_ = _prepare(x, conv)
+    x_ = _prepare(x, conv, any_layout=True)
     weight = (values, columns, rows, cells, scale, wsum)
     return _finish(x, _spmm_int8(x_, *weight, x_affine, bias, k, activation, conv))
 
@@ -243,69 +254,86 @@ def im2col(x: Tensor, conv: list[int]) -> Tensor:
     return _im2col(_prepare(x, conv).detach(), conv)
 
 
-# Shapes without data, for torch.compile and torch.export.
+# Blocked images: (images, ceil(channels / 4), height, width, 4) uint8, contiguous, with one affine,
+# (2) float32 scale and zero point, for all: docs/formats.md.
 
 
-def _conv_shape(x: Tensor, conv: list[int]) -> tuple[int, int]:
-    kh, kw, sh, sw, dh, dw, top, bottom, left, right, _ = conv
-    return (
-        (x.shape[2] + top + bottom - dh * (kh - 1) - 1) // sh + 1,
-        (x.shape[3] + left + right - dw * (kw - 1) - 1) // sw + 1,
-    )
+def block(x: Tensor, affine: Tensor) -> Tensor:
+    """The blocked image of floats, rounded as `quantize_rows` does.
+
+    Args:
+        x: (images, channels, height, width) float32, bfloat16 or float16, in either memory format.
+        affine: (2) float32, scale and zero point.
+
+    Raises:
+        RuntimeError: x holds a NaN or an Inf, which no byte can stand for.
+    """
+    return _block(_prepare(x, [], any_layout=True).detach(), affine)
 
 
-def _product_like(x: Tensor, n: int, conv: list[int] | None) -> Tensor:
-    if conv is None:
-        return x.new_empty((*x.shape[:-1], n))
-    y = x.new_empty((x.shape[0], n, *_conv_shape(x, conv)))
-    return y if conv[10] else y.to(memory_format=torch.channels_last)
+def unblock(q: Tensor, affine: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The floats (images, channels, height, width), contiguous, that a blocked image stands for."""
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype {dtype} is unknown: use float32, bfloat16 or float16")
+    return _unblock(q, affine, channels, _FLOATS.index(dtype))
 
 
-@torch.library.register_fake("gossamer::quantize_rows")
-def _(x, x_affine):
-    return (
-        x.new_empty(x.shape, dtype=torch.uint8),
-        x.new_empty(x.shape[:-1], dtype=torch.float32),
-        x.new_empty(x.shape[:-1], dtype=torch.int32),
-    )
+def max_pool(
+    q: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The largest of each window of a blocked image, exactly.
+
+    Args:
+        q: a blocked image.
+        kernel, stride, dilation: height and width.
+        padding: top, bottom, left, right; what lies there is never the largest.
+    """
+    return _max_pool(q, kernel, stride, padding, dilation)
 
 
-@torch.library.register_fake("gossamer::gemm_int8")
-def _(x, panels, scale, wsum, x_affine, bias, k, activation, conv):
-    return _product_like(x, scale.shape[0], conv)
+def conv_int8(
+    q: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    x_affine: Tensor,
+    bias: Tensor | None,
+    y_affine: Tensor,
+    residual: Tensor | None,
+    residual_affine: Tensor | None,
+    k: int,
+    activation: int,
+    conv: list[int],
+) -> Tensor:
+    """y = act(conv(q, w) + bias + residual), all images blocked; w dense int8 in panels.
+
+    Args:
+        q, x_affine: a blocked image and its numbers.
+        y_affine: those of y.
+        residual, residual_affine: a blocked image of y's shape, or None.
+        panels, scale, wsum, bias, k, activation, conv: as in `gemm_int8`.
+    """
+    tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
+    return _conv_int8(q, panels, scale, wsum, *tail)
 
 
-@torch.library.register_fake("gossamer::gemm_w8")
-def _(x, panels, scale, bias, k, activation, conv):
-    return _product_like(x, scale.shape[0], conv)
-
-
-@torch.library.register_fake("gossamer::gemm_int4")
-def _(x, panels, group_scale, scale, wsum, bias, k, activation, conv):
-    return _product_like(x, scale.shape[0], conv)
-
-
-@torch.library.register_fake("gossamer::spmm")
-def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
-    return _product_like(x, n, conv)
-
-
-@torch.library.register_fake("gossamer::spmm_int8")
-def _(x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv):
-    return _product_like(x, scale.shape[0], conv)
-
-
-@torch.library.register_fake("gossamer::sddmm")
-def _(x, dy, columns, rows, cells, n, k, conv):
-    return x.new_empty(columns.shape, dtype=torch.float32)
-
-
-@_refuse_gradient.register_fake
-def _(grad, shape):
-    return grad.new_empty(shape)
-
-
-@torch.library.register_fake("gossamer::im2col")
-def _(x, conv):
-    height, width = _conv_shape(x, conv)
-    return x.new_empty((x.shape[0] * height * width, conv[0] * conv[1] * -(-x.shape[1] // 4) * 4))
+def conv_spmm_int8(
+    q: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    cells: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    x_affine: Tensor,
+    bias: Tensor | None,
+    y_affine: Tensor,
+    residual: Tensor | None,
+    residual_affine: Tensor | None,
+    k: int,
+    activation: int,
+    conv: list[int],
+) -> Tensor:
+    """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
+    tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
+    return _conv_spmm_int8(q, values, columns, rows, cells, scale, wsum, *tail)

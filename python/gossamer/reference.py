@@ -10,6 +10,8 @@ never as a packed layout, and returns float64. What the kernels promise of it:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def activate(y: Tensor, activation: str) -> Tensor:
         "relu": torch.relu,
         "gelu": torch.nn.functional.gelu,
         "silu": torch.nn.functional.silu,
+        "relu6": torch.nn.functional.relu6,
+        "hardswish": torch.nn.functional.hardswish,
     }
     return functions[activation](y)
 
@@ -174,6 +178,90 @@ def im2col(x: Tensor, conv: list[int]) -> Tensor:
     ]
     # (taps, images, channels, out_h, out_w) -> pixels x (taps, channels)
     return torch.stack(taps).permute(1, 3, 4, 0, 2).reshape(-1, kh * kw * x.shape[1])
+
+
+def block(x: Tensor, affine: Tensor) -> Tensor:
+    """The blocked image of x: (images, ceil(channels / 4), height, width, 4) uint8.
+
+    Args:
+        x: (images, channels, height, width) float32, bfloat16 or float16, finite.
+        affine: (2) float32, scale and zero point; channels that are added hold the latter.
+
+    >>> block(torch.tensor([[[[0.5]], [[-9.0]]]]), torch.tensor([0.25, 7.0]))
+    tensor([[[[[9, 0, 7, 7]]]]], dtype=torch.uint8)
+    """
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % 4))
+    return quantize_rows(padded, affine)[0].unflatten(1, (-1, 4)).movedim(2, -1).contiguous()
+
+
+def unblock(q: Tensor, affine: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The floats (images, channels, height, width) that a blocked image stands for.
+
+    >>> q = torch.tensor([[[[[9, 0, 7, 7]]]]], dtype=torch.uint8)
+    >>> unblock(q, torch.tensor([0.25, 7.0]), 2).flatten()
+    tensor([ 0.5000, -1.7500])
+    """
+    planes = q.movedim(-1, 2).flatten(1, 2)[:, :channels]
+    return ((planes.float() - affine[1]) * affine[0]).to(dtype).contiguous()
+
+
+def max_pool(
+    q: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The largest byte of each window of a blocked image; padding: top, bottom, left, right.
+
+    >>> q = torch.tensor([1, 5, 3], dtype=torch.uint8).view(1, 1, 1, 3, 1).expand(-1, -1, -1, -1, 4)
+    >>> max_pool(q, [1, 2], [1, 1], [0, 0, 0, 0], [1, 1])[..., 0]
+    tensor([[[[5, 5]]]], dtype=torch.uint8)
+    """
+    top, bottom, left, right = padding
+    planes = torch.nn.functional.pad(q.movedim(-1, 2).flatten(1, 2), (left, right, top, bottom))
+    # As float64: torch pools no bytes, and pads by no more than half a window.
+    y = torch.nn.functional.max_pool2d(planes.double(), kernel, stride, 0, dilation)
+    return y.to(torch.uint8).unflatten(1, (-1, 4)).movedim(2, -1).contiguous()
+
+
+def conv_int8(
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    conv: list[int],
+    x_affine: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = act(conv(q - zero, weight) * x_scale * scale + bias + residual), before it is quantized.
+
+    Args:
+        q: a blocked image.
+        weight: (n, taps * channels up to 4) int8.
+        scale: (n) float32, of each output.
+        conv: the geometry, see `im2col`.
+        x_affine: scale and zero point of q.
+        bias: (n) float32.
+        activation: see `activate`.
+        residual: (images, n, out_h, out_w) floats.
+
+    Returns:
+        (images, n, out_h, out_w) float64.
+    """
+    images = q.movedim(-1, 2).flatten(1, 2).double() - x_affine[1].double()
+    rows = im2col(images, conv) @ weight.double().T * (x_affine[0].double() * scale.double())
+    y = (rows if bias is None else rows + bias.double()).T
+    out_h, out_w = (
+        (q.shape[2 + i] + conv[6 + 2 * i] + conv[7 + 2 * i] - conv[4 + i] * (conv[i] - 1) - 1)
+        // conv[2 + i]
+        + 1
+        for i in (0, 1)
+    )
+    y = y.reshape(len(weight), q.shape[0], out_h, out_w).movedim(0, 1)
+    return activate(y if residual is None else y + residual.double(), activation)
+
+
+def conv_spmm_int8(*arguments: Any, **more: Any) -> Tensor:
+    """`conv_int8`: blocks that are not stored are zeros."""
+    return conv_int8(*arguments, **more)
 
 
 def bound(

@@ -252,7 +252,25 @@ def _products(density: float, block: int) -> list[Case]:
     ]
 
 
-# Of Case, and for im2col of ImageCase.
+_WINDOWS = [
+    ImageCase("pointwise", (2, 8, 5, 6), (1, 1)),
+    ImageCase("three by three", (2, 8, 7, 9), (3, 3), sides=(1, 1, 1, 1)),
+    ImageCase("stem", (1, 3, 23, 21), (7, 7), stride=(2, 2), sides=(3, 3, 3, 3)),
+    ImageCase("one channel", (3, 1, 6, 6), (3, 3), sides=(1, 1, 1, 1)),
+    ImageCase("odd channels", (1, 7, 6, 5), (2, 3), sides=(0, 1, 1, 1)),
+    ImageCase("dilated", (1, 4, 9, 11), (3, 3), dilation=(2, 3), sides=(2, 2, 3, 3)),
+    ImageCase("strided and uneven", (2, 5, 9, 8), (3, 2), (2, 3), (1, 2), (1, 0, 2, 1)),
+    ImageCase("one pixel", (4, 6, 1, 1), (1, 1)),
+    ImageCase("one pixel, padded", (1, 6, 1, 1), (3, 3), sides=(1, 1, 1, 1)),
+    ImageCase("padding wider than the kernel", (1, 4, 3, 3), (2, 2), sides=(4, 4, 4, 4)),
+    ImageCase("no images", (0, 4, 5, 5), (3, 3)),
+    ImageCase("many pixels", (1, 4, 17, 19), (3, 3), sides=(1, 1, 1, 1)),
+    ImageCase("small and deep", (2, 124, 7, 7), (3, 3), sides=(1, 1, 1, 1)),
+    ImageCase("every other pixel", (1, 20, 14, 14), (1, 1), stride=(2, 2)),
+    ImageCase("halved", (1, 16, 15, 18), (3, 3), stride=(2, 2), sides=(1, 1, 1, 1)),
+]
+
+# Of Case, and for what reads images of ImageCase.
 CASES: dict[str, list[Any]] = {
     "quantize_rows": [
         *(Case("tiny", m, k, 1) for m, k in enumerate(_TINY_K, 1)),
@@ -267,18 +285,10 @@ CASES: dict[str, list[Any]] = {
     "spmm": _products(0.1, 1),
     "spmm_int8": _products(0.2, 4),
     "sddmm": _products(0.1, 1),
-    "im2col": [
-        ImageCase("pointwise", (2, 8, 5, 6), (1, 1)),
-        ImageCase("three by three", (2, 8, 7, 9), (3, 3), sides=(1, 1, 1, 1)),
-        ImageCase("stem", (1, 3, 23, 21), (7, 7), stride=(2, 2), sides=(3, 3, 3, 3)),
-        ImageCase("one channel", (3, 1, 6, 6), (3, 3), sides=(1, 1, 1, 1)),
-        ImageCase("odd channels", (1, 7, 6, 5), (2, 3), sides=(0, 1, 1, 1)),
-        ImageCase("dilated", (1, 4, 9, 11), (3, 3), dilation=(2, 3), sides=(2, 2, 3, 3)),
-        ImageCase("strided and uneven", (2, 5, 9, 8), (3, 2), (2, 3), (1, 2), (1, 0, 2, 1)),
-        ImageCase("one pixel", (4, 6, 1, 1), (1, 1)),
-        ImageCase("one pixel, padded", (1, 6, 1, 1), (3, 3), sides=(1, 1, 1, 1)),
-        ImageCase("padding wider than the kernel", (1, 4, 3, 3), (2, 2), sides=(4, 4, 4, 4)),
-        ImageCase("no images", (0, 4, 5, 5), (3, 3)),
-        ImageCase("many pixels", (1, 4, 17, 19), (3, 3), sides=(1, 1, 1, 1)),
-    ],
+    "im2col": _WINDOWS,
+    "block": _WINDOWS,
+    "unblock": _WINDOWS,
+    "max_pool": _WINDOWS,
+    "conv_int8": _WINDOWS,
+    "conv_spmm_int8": _WINDOWS,
 }

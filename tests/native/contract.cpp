@@ -68,6 +68,7 @@ uint32_t any_float() {
   }
 }
 uint32_t any_int() { return random_bits(); }
+uint32_t any_byte() { return random_bits() % 256; }
 uint32_t exponent() { return static_cast<uint32_t>(random_int(-126, 127)); }
 uint32_t small_float() { return base::to_bits(static_cast<float>(random_int(-999, 999))); }
 
@@ -151,7 +152,14 @@ bool check_ints() {
          ints("signed_byte<0>", [](auto a, auto...) { return signed_byte<0>(a); }) &&
          ints("signed_byte<1>", [](auto a, auto...) { return signed_byte<1>(a); }) &&
          ints("signed_byte<2>", [](auto a, auto...) { return signed_byte<2>(a); }) &&
-         ints("signed_byte<3>", [](auto a, auto...) { return signed_byte<3>(a); });
+         ints("signed_byte<3>", [](auto a, auto...) { return signed_byte<3>(a); }) &&
+         ints("unsigned_byte<0>", [](auto a, auto...) { return unsigned_byte<0>(a); }) &&
+         ints("unsigned_byte<3>", [](auto a, auto...) { return unsigned_byte<3>(a); }) &&
+         ints("max_bytes", [](auto a, auto b, auto...) { return max_bytes(a, b); }) &&
+         ints(
+             "join_bytes",
+             [](auto a, auto b, auto c, auto d, auto...) { return join_bytes(a, b, c, d); },
+             any_byte);
 }
 
 // sum, x0, w0, x1, w1: any x, and weights of which two products of two words fit in int16: four of
@@ -278,6 +286,14 @@ bool check_moves() {
   memcpy(codes, back, sizeof codes);
   for (int i = 0; i < kLanes * 4; ++i)
     right = right && require("decode", codes[i] == kInt4Values[bytes[i] >> 4]);
+  int32_t where[kLanes], first[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) where[i] = -static_cast<int32_t>(random_bits() % 2);
+  store(back, load_where(words, load(where)));
+  for (int i = 0; i < kLanes; ++i)
+    right = right && require("load_where", back[i] == (where[i] & words[i]));
+  store_first(first, load(words), kLanes - 1);
+  words[kLanes - 1] = 0;
+  right = right && require("store_first", memcmp(first, words, sizeof first) == 0);
   for (int i = 0; i < kLanes; ++i) words[i] = bytes[i];
   store_bytes(out, load(words));
   return right && require("store_bytes", memcmp(out, bytes, sizeof out) == 0);

@@ -61,8 +61,8 @@ void check_gradient(const Product& p, gossamer_parallel_for parallel_for, std::m
     const gossamer_index index = w.sparse().index;
     const std::vector<float> want = expected_gradient(p, dy, w.floats);
     const Guarded<char> x(p.encoded_x(), side), gradient(encoded(dy, p.dtype), side);
-    const gossamer_input input{x.data(), p.dtype, p.x.rows, p.x.k + p.gap, p.conv, 0, 0};
-    const gossamer_input output{gradient.data(), p.dtype, dy.rows, dy.k, nullptr, 0, 0};
+    const gossamer_input input{x.data(), p.dtype, p.x.rows, p.x.k + p.gap, p.conv, 0, 0, 0};
+    const gossamer_input output{gradient.data(), p.dtype, dy.rows, dy.k, nullptr, 0, 0, 0};
     for (const char* const* isa = gossamer_isas(); *isa; ++isa) {
       require_ok(gossamer_use_isa(*isa));
       for (const gossamer_parallel_for on : {gossamer_parallel_for{}, parallel_for}) {

@@ -66,9 +66,10 @@ std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands
   const Guarded<char> x(p.encoded_x(), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
-  const gossamer_input input{x.data(), p.dtype,       p.x.rows,    p.x.k + p.gap,
-                             p.conv,   p.given.scale, p.given.zero};
-  const gossamer_output output{y.data(), p.weight.n + p.gap, p.planar, bias.data(), p.activation};
+  const gossamer_input input{x.data(), p.dtype,       p.x.rows,     p.x.k + p.gap,
+                             p.conv,   p.given.scale, p.given.zero, 0};
+  const gossamer_output output{y.data(),    p.weight.n + p.gap, p.planar,
+                               bias.data(), p.activation,       nullptr};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
   return y.values();
 }
@@ -112,8 +113,8 @@ void check_quantize_rows(const Product& p) {
       Guarded<uint8_t> q(rows * stride, side);
       Guarded<float> scale(rows, side);
       Guarded<int32_t> zero(rows, side);
-      const gossamer_input input{x.data(), p.dtype,       rows,        stride,
-                                 nullptr,  p.given.scale, p.given.zero};
+      const gossamer_input input{x.data(), p.dtype,       rows,         stride,
+                                 nullptr,  p.given.scale, p.given.zero, 0};
       require_ok(gossamer_quantize_rows(&input, k, q.data(), stride, scale.data(), zero.data(),
                                         backwards));
       for (int64_t r = 0; r < rows; ++r) {
@@ -134,7 +135,7 @@ void check_im2col(const Product& p) {
     for (const Side side : kSides) {
       const Guarded<char> x(p.encoded_x(), side);
       Guarded<char> rows(p.line_count() * k * size, side);
-      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv, 0, 0};
+      const gossamer_input input{x.data(), p.dtype, 0, 0, p.conv, 0, 0, 0};
       require_ok(gossamer_im2col(&input, rows.data(), backwards));
       for (int64_t r = 0; r < p.line_count(); ++r)
         for (int64_t i = 0; i < k; ++i)

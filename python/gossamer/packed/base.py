@@ -71,10 +71,36 @@ class Packed(nn.Module):
         Raises:
             ValueError: the range is empty or not finite, or the format has no such range.
         """
-        if "x_affine" not in self.buffers_of(self.format):
+        if not self.static:
             raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
-        buffers = {**self._tensors(), "x_affine": affine_of(low, high)}
-        return type(self)(self.n, self.k, self.format, buffers)
+        return self.with_affine(affine_of(low, high))
+
+    def with_affine(self, affine: Tensor) -> Packed:
+        """`with_range`, of a scale and zero point (2) that `affine_of` made."""
+        return self._with(x_affine=affine)
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are quantized by one range, that of `x_affine`."""
+        return "x_affine" in self.buffers_of(self.format)
+
+    def scaled(self, factor: Tensor) -> Packed:
+        """diag(factor) @ w: each output's weights times its factor (n), of either sign.
+
+        Integers keep their bits, but for the sign; scales take the factor's size.
+
+        Raises:
+            ValueError: a factor is not finite.
+        """
+        return self._with(**self._scaled(factor))
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        """The buffers that `scaled` changes."""
+        raise NotImplementedError
+
+    def _with(self, **changed: Tensor) -> Packed:
+        """The same weight but for these buffers; the others are shared."""
+        return type(self)(self.n, self.k, self.format, {**self._tensors(), **changed})
 
     @classmethod
     def from_buffers(cls, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
@@ -159,7 +185,7 @@ class Packed(nn.Module):
         Args:
             x: (..., k) float32, bfloat16 or float16; with `conv` (images, channels, height, width).
             bias: (n) float32, or None.
-            activation: "none", "relu", "gelu" (exact, by erf) or "silu".
+            activation: one of `gossamer.ops.ACTIVATIONS`; "gelu" is the exact one, by erf.
             conv: the geometry of a convolution, see `gossamer.ops.gemm_int8`.
 
         Returns:
@@ -172,6 +198,23 @@ class Packed(nn.Module):
     ) -> Tensor:
         """`matmul` with the activation as its index: what layers call."""
         raise NotImplementedError
+
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        """y = activation(conv(q, w) + bias + residual) between blocked images.
+
+        Of static int8 formats only: the scale and zero point of q are this weight's x_affine.
+        Arguments as in `gossamer.ops.conv_int8`.
+        """
+        raise NotImplementedError(f"{self.format} does not multiply blocked images")
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (n, k) float32."""

@@ -13,7 +13,7 @@ from gossamer.obs import inverse_factor, walk
 
 from .base import Packed, round_up
 from .int8 import PANEL
-from .lanes import check_scale, check_wsum
+from .lanes import check_scale, check_wsum, scale_signs, times_sign
 
 STEP = 32  # inputs are padded to it: the largest group
 LINE = 8  # inputs in 64 bytes of a panel, four in the low halves and four in the high
@@ -177,6 +177,13 @@ class PackedInt4(Packed):
 
     def unpack(self) -> Tensor:
         return self._integers().float() * self.scale[:, None]
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        # The 16 values are not symmetric, but the scale of a group may have either sign.
+        whole = nn.functional.pad(sign, (0, -self.n % PANEL), value=1).view(-1, 1, PANEL)
+        groups = times_sign(self.group_scale, whole)
+        return {"group_scale": groups, "scale": scale, "wsum": self.wsum * sign}
 
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None

@@ -20,6 +20,8 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
@@ -75,6 +77,14 @@ class _Int8Panels(Packed):
     def unpack(self) -> Tensor:
         return self._integers()[: self.n, : self.k].float() * self.scale[:, None]
 
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        whole = nn.functional.pad(sign, (0, -self.n % PANEL), value=1).view(-1, 1, PANEL, 1)
+        changed = {"panels": times_sign(self.panels, whole), "scale": scale}
+        return changed | (
+            {"wsum": self.get_buffer("wsum") * sign} if "wsum" in self.BUFFERS else {}
+        )
+
 
 class PackedInt8(_Int8Panels):
     """`Int8(activations="dynamic")` and `"static"`: integers times integers."""
@@ -96,6 +106,23 @@ class PackedInt8(_Int8Panels):
         return ops.gemm_int8(
             x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
         )
+
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        b = self._tensors()
+        if "x_affine" not in b:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        weight = (b["panels"], b["scale"], b["wsum"], b["x_affine"])
+        images = (bias, y_affine, residual, residual_affine)
+        return ops.conv_int8(q, *weight, *images, self.k, activation, conv)
 
 
 class PackedW8(_Int8Panels):

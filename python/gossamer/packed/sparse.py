@@ -20,6 +20,8 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
@@ -71,6 +73,13 @@ class PackedSparse(_Indexed):
         return weight.index_put_(
             entry_places(self.n, 1, self._index()), self.values, accumulate=True
         )
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        outputs, _ = entry_places(self.n, 1, self._index())
+        values = self.values * factor.float()[outputs]
+        if not torch.isfinite(values).all():
+            raise ValueError("the factor of an output takes its weights beyond what a float holds")
+        return {"values": values}
 
 
 class PackedSparseInt8(_Indexed):
@@ -136,6 +145,23 @@ class PackedSparseInt8(_Indexed):
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
         return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
 
+    def convolve(
+        self,
+        q: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int],
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        b = self._tensors()
+        if "x_affine" not in b:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
+        images = (b["x_affine"], bias, y_affine, residual, residual_affine)
+        return ops.conv_spmm_int8(q, *weight, *images, self.k, activation, conv)
+
     def unpack(self) -> Tensor:
         weight = torch.zeros(self.n, round_up(self.k, 4))
         outputs, inputs = entry_places(self.n, 4, self._index())
@@ -143,3 +169,9 @@ class PackedSparseInt8(_Indexed):
         places = (outputs[:, None], inputs[:, None] + torch.arange(4))
         weight.index_put_(places, self.values.float() * self.scale[outputs, None], accumulate=True)
         return weight[:, : self.k].contiguous()
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        outputs, _ = entry_places(self.n, 4, self._index())
+        values = times_sign(self.values, sign[outputs, None])
+        return {"values": values, "scale": scale, "wsum": self.wsum * sign}

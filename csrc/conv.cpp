@@ -1,0 +1,120 @@
+// conv.cpp: convolutions of int8 weights: blocks images of floats, cuts the output into tiles of
+// pixels x units of outputs, and calls the kernels of the active Isa on each.
+
+#include "check.h"
+#include "tiles.h"
+
+namespace gossamer {
+namespace {
+
+// At most `most` pixels a tile, shared evenly in whole vectors: 196 are 4 x 49, not 3 x 64 and 4.
+int64_t tile_pixels(const gossamer_conv& c, int64_t most) {
+  const int64_t lanes = active_kernels()->lanes, vectors = ceil_div(c.out_h * c.out_w, lanes),
+                tiles = ceil_div(vectors, most / lanes);
+  return ceil_div(vectors, tiles) * lanes;
+}
+
+// Blocked images: as they lie, or of floats, each made once in a thread's scratch.
+class Images {
+ public:
+  explicit Images(const gossamer_input& x) : x_(x), plane_(x.conv->height * x.conv->width) {}
+
+  int64_t bytes() const {
+    if (x_.dtype == GOSSAMER_UINT8) return 0;
+    return 64 + round_up(blocked_bytes(x_.conv->channels, plane_), 64);
+  }
+
+  // The first parts of the arena, so that an image of one tile serves the next.
+  ImageTile operator()(const Tile& tile, Arena& arena) const {
+    const gossamer_conv& c = *x_.conv;
+    const int64_t image_bytes = blocked_bytes(c.channels, plane_);
+    if (x_.dtype == GOSSAMER_UINT8) {
+      return {static_cast<const uint8_t*>(x_.data) + tile.image * image_bytes, c, given(x_),
+              tile.rows};
+    }
+    auto* range = reinterpret_cast<Affine*>(arena.take(sizeof(Affine)));
+    auto* q = reinterpret_cast<uint8_t*>(arena.take(image_bytes));
+    if (tile.fresh) {
+      const FloatImage image{image_at(x_, tile.image), x_.dtype, x_.planar != 0, c.channels,
+                             plane_};
+      *range = active_kernels()->block(image, given(x_), {0, plane_}, q);
+    }
+    return {q, c, *range, tile.rows};
+  }
+
+ private:
+  const gossamer_input& x_;
+  int64_t plane_;
+};
+
+ImageDestination destination(const gossamer_input& x, const gossamer_output& y, int64_t n,
+                             int64_t image, gossamer_blocked& blocked) {
+  const int64_t plane = x.conv->out_h * x.conv->out_w;
+  const gossamer_dtype dtype = x.dtype == GOSSAMER_UINT8 ? GOSSAMER_FLOAT32 : x.dtype;
+  char* data = static_cast<char*>(y.data);
+  if (y.blocked) {
+    const int64_t bytes = image * blocked_bytes(n, plane);
+    blocked = *y.blocked;
+    if (blocked.residual) blocked.residual += bytes;
+    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked};
+  }
+  const int64_t elements = image * plane * (y.planar ? n : y.stride);
+  return {{data + elements * element_size(dtype), y.planar ? plane : y.stride, dtype, y.bias,
+           y.activation},
+          y.planar != 0,
+          nullptr};
+}
+
+// multiply(tile, units, destination, scratch of `own` bytes) for all tiles; `weights` is how many an
+// output pixel meets.
+template <typename Before, typename Multiply>
+int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, const Work& work,
+             double weights, Before before, int64_t own, gossamer_parallel_for parallel_for,
+             Multiply multiply) {
+  const Images images(x);
+  return run(work, macs_of_lanes(work, weights), before, parallel_for, [&](const Tile& tile) {
+    Arena arena{scratch.reserve(images.bytes() + own)};
+    if (!arena.next) return false;
+    const ImageTile in = images(tile, arena);
+    gossamer_blocked blocked{};
+    multiply(in, tile.units, destination(x, y, n, tile.image, blocked), arena.take(own));
+    return true;
+  });
+}
+
+}  // namespace
+}  // namespace gossamer
+
+using namespace gossamer;
+
+extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* w,
+                                  const gossamer_output* y, gossamer_parallel_for parallel_for) {
+  if (!w) return fail("w must not be NULL");
+  if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
+  if (const int status = check(x, w->n, w->k, y, true)) return status;
+  const int64_t panels = ceil_div(w->n, kPanel), pixels = tile_pixels(*x->conv, kMaxPixels);
+  const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
+  return convolve(*x, *y, w->n, work, double(w->n) * double(w->k), Even(),
+                  conv_int8_scratch(w->k, pixels), parallel_for,
+                  [&](const ImageTile& in, Range units, const ImageDestination& to, void* own) {
+                    active_kernels()->conv_int8(in, *w, panel_range(units, panels), to, own);
+                  });
+}
+
+extern "C" int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
+                                       const gossamer_output* y,
+                                       gossamer_parallel_for parallel_for) {
+  if (!w) return fail("w must not be NULL");
+  if (x && !x->conv) return fail("conv_spmm_int8 needs the geometry of a convolution");
+  const gossamer_index& index = w->index;
+  if (const int status = check(x, index.n, index.k, y, true)) return status;
+  const int64_t most = index.k <= active_kernels()->wide_k ? kMaxPixels : kNarrowLanes;
+  const int64_t pixels = tile_pixels(*x->conv, most);
+  const Work work = work_of(*x, pixels, chunk_count(index.n));
+  const ByEntries before{index, ceil_div(ceil_div(index.k, 4), kBlockWords)};
+  return convolve(*x, *y, index.n, work, 4 * double(index.entries), before,
+                  conv_spmm_int8_scratch(index.n, index.k, pixels), parallel_for,
+                  [&](const ImageTile& in, Range chunks, const ImageDestination& to, void* own) {
+                    active_kernels()->conv_spmm_int8(in, *w, chunks, to, own);
+                  });
+}

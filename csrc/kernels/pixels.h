@@ -1,0 +1,192 @@
+// pixels.h: what the kernels on blocked images share. Output pixels lie in the lanes of a vector: a
+// panel is [column][width] 32-bit words, a column four channels under one tap, width the pixels of
+// the tile rounded up to kLanes.
+#pragma once
+
+#include "lanes.h"
+#include "quantize.h"
+
+namespace gossamer {
+namespace GOSSAMER_ISA {
+
+constexpr int kMaxVectors = kMaxPixels / kLanes;
+
+static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
+
+// Where the pixels of a tile find their words under a tap, a vector of them at a time.
+class Window {
+ public:
+  Window(const gossamer_conv& conv, Range pixels) : conv_(conv) {
+    int32_t top[kMaxPixels], left[kMaxPixels];
+    const int64_t count = pixels.end - pixels.begin, width = width_of(pixels);
+    const bool same = conv.stride_h == 1 && conv.stride_w == 1 && conv.out_w == conv.width;
+    int64_t row = pixels.begin / conv.out_w, column = pixels.begin % conv.out_w;
+    for (int64_t i = 0; i < width; ++i) {
+      if (i % kLanes == 0) {
+        const int64_t last = kLanes < count - i ? kLanes : count - i;
+        const bool one_row = conv.stride_w == 1 && column + last <= conv.out_w;
+        joined_[i / kLanes] = same || one_row;
+      }
+      // A lane without a pixel is outside of the image.
+      top[i] = static_cast<int32_t>(i < count ? row * conv.stride_h - conv.pad_top : INT32_MIN / 2);
+      left[i] = static_cast<int32_t>(column * conv.stride_w - conv.pad_left);
+      if (++column == conv.out_w) column = 0, ++row;
+    }
+    for (int64_t v = 0; v * kLanes < width; ++v) {
+      top_[v] = load(top + v * kLanes);
+      left_[v] = load(left + v * kLanes);
+    }
+  }
+
+  // What vector v finds under a tap: `blocks` words of each pixel, a plane of the image apart, are
+  // handed to take(block, words); `outside` where there is no pixel.
+  template <typename Take>
+  void each_block(int64_t tap_row, int64_t tap_column, int v, const int32_t* image, int64_t blocks,
+                  int32_t outside, Take take) const {
+    const auto number = [](int64_t value) { return set(static_cast<int32_t>(value)); };
+    const int64_t plane = conv_.height * conv_.width;
+    const I32 y = add(top_[v], number(tap_row * conv_.dilation_h)),
+              x = add(left_[v], number(tap_column * conv_.dilation_w));
+    // Negative outside, then -1 inside and 0 outside.
+    const I32 room =
+        min(min(y, sub(number(conv_.height - 1), y)), min(x, sub(number(conv_.width - 1), x)));
+    const I32 inside = sub(set(-1), max(set(-1), min(room, set(0))));
+    const I32 fill = mul(add(inside, set(1)), set(outside));
+    int32_t at[kLanes];
+    store(at, add(mul(y, number(conv_.width)), x));
+    if (joined_[v]) {
+      for (int64_t b = 0; b < blocks; ++b, image += plane)
+        take(b, add(load_where(image + at[0], inside), fill));
+      return;
+    }
+    int32_t is_inside[kLanes], words[kLanes];
+    store(is_inside, inside);
+    for (int64_t b = 0; b < blocks; ++b, image += plane) {
+      for (int i = 0; i < kLanes; ++i) words[i] = is_inside[i] ? image[at[i]] : outside;
+      take(b, load(words));
+    }
+  }
+
+ private:
+  const gossamer_conv& conv_;
+  I32 top_[kMaxVectors], left_[kMaxVectors];
+  // The words of a vector are neighbours: of one row, or where rows follow each other as in y.
+  bool joined_[kMaxVectors];
+};
+
+// The image under a tile -> panel[tap][block of channels][width].
+static inline void gather(const ImageTile& x, int32_t* panel) {
+  const gossamer_conv& c = x.conv;
+  const Window window(c, x.pixels);
+  const int64_t width = width_of(x.pixels), blocks = ceil_div(c.channels, 4);
+  const auto* image = reinterpret_cast<const int32_t*>(x.q);
+  const auto outside = static_cast<int32_t>(static_cast<uint32_t>(x.affine.zero) * 0x01010101u);
+  for (int64_t i = 0; i < c.kernel_h; ++i) {
+    for (int64_t j = 0; j < c.kernel_w; ++j, panel += blocks * width) {
+      for (int v = 0; v * kLanes < width; ++v) {
+        window.each_block(i, j, v, image, blocks, outside, [&](int64_t b, I32 words) {
+          store(panel + b * width + v * kLanes, words);
+        });
+      }
+    }
+  }
+}
+
+// One output: what turns its sums into floats.
+struct Output {
+  F32 scale, bias;
+  I32 correction;
+
+  // None (outputs that fill up the last block): 0.
+  Output() : scale(set(0.0f)), bias(set(0.0f)), correction(set(0)) {}
+  Output(Affine x, float w_scale, int32_t wsum, float its_bias)
+      : scale(mul(set(x.scale), set(w_scale))),
+        bias(set(its_bias)),
+        correction(mul(set(x.zero), set(wsum))) {}
+  F32 operator()(I32 sum) const { return add(mul(to_f32(sub(sum, correction)), scale), bias); }
+};
+
+// Writes sums[output][width] of a range of outputs, which begins with a multiple of four.
+struct Epilogue {
+  const ImageTile& x;
+  const float* w_scale;
+  const int32_t* wsum;
+  int64_t n;
+  const ImageDestination& image;
+
+  void operator()(const int32_t* sums, Range outputs) const {
+    if (image.blocked) return blocked(sums, outputs);
+    if (!image.planar) return last(sums, outputs);
+    by_dtype(image.to.dtype, [&](auto type) { planar<decltype(type)>(sums, outputs); });
+  }
+
+ private:
+  Output output(int64_t o) const {
+    if (o >= n) return Output();
+    return Output(x.affine, w_scale[o], wsum[o], image.to.bias ? image.to.bias[o] : 0);
+  }
+  F32 activated(F32 value) const {
+    return image.to.activation == GOSSAMER_NONE ? value : activate(value, image.to.activation);
+  }
+
+  void blocked(const int32_t* sums, Range outputs) const {
+    const gossamer_blocked& y = *image.blocked;
+    const int64_t width = width_of(x.pixels), plane = image.to.stride,
+                  count = x.pixels.end - x.pixels.begin;
+    const Quantize quantize({y.scale, y.zero});
+    const F32 residual_scale = set(y.residual_scale);
+    const I32 residual_zero = set(y.residual_zero);
+    for (int64_t o = outputs.begin; o < outputs.end; o += 4, sums += 4 * width) {
+      const int64_t line = o / 4 * plane + x.pixels.begin;
+      const Output each[4] = {output(o), output(o + 1), output(o + 2), output(o + 3)};
+      for (int64_t p = 0; p < count; p += kLanes) {
+        const int left = lanes_left(count, p);
+        F32 value[4];
+        for (int i = 0; i < 4; ++i) value[i] = each[i](load(sums + i * width + p));
+        if (y.residual) {
+          const auto* at = reinterpret_cast<const int32_t*>(y.residual) + line + p;
+          const I32 r = left == kLanes ? load(at) : load_first(at, left);
+          const auto plus = [&](F32& v, I32 byte) {
+            v = add(v, mul(to_f32(sub(byte, residual_zero)), residual_scale));
+          };
+          plus(value[0], unsigned_byte<0>(r)), plus(value[1], unsigned_byte<1>(r));
+          plus(value[2], unsigned_byte<2>(r)), plus(value[3], unsigned_byte<3>(r));
+        }
+        const auto byte = [&](int i) { return quantize(activated(value[i])); };
+        const I32 words = join_bytes(byte(0), byte(1), byte(2), byte(3));
+        auto* to = static_cast<int32_t*>(image.to.y) + line + p;
+        left == kLanes ? store(to, words) : store_first(to, words, left);
+      }
+    }
+  }
+
+  template <typename T>
+  void planar(const int32_t* sums, Range outputs) const {
+    const int64_t width = width_of(x.pixels), count = x.pixels.end - x.pixels.begin;
+    for (int64_t o = outputs.begin; o < outputs.end; ++o, sums += width) {
+      const Output of = output(o);
+      T* y = static_cast<T*>(image.to.y) + o * image.to.stride + x.pixels.begin;
+      for (int64_t p = 0; p < count; p += kLanes) {
+        const F32 value = activated(of(load(sums + p)));
+        const int left = lanes_left(count, p);
+        left == kLanes ? store(y + p, value) : store_first(y + p, value, left);
+      }
+    }
+  }
+
+  // Channels innermost.
+  void last(const int32_t* sums, Range outputs) const {
+    Destination to = image.to;
+    to.y = static_cast<char*>(to.y) + x.pixels.begin * to.stride * element_size(to.dtype);
+    write_lanes(sums, width_of(x.pixels), x.pixels.end - x.pixels.begin, n, outputs, to,
+                [&](const Outputs& some) {
+                  const Dequantize dequantize{some.take(w_scale), some.take(wsum)};
+                  return [=](I32 sum, int64_t) {
+                    return dequantize(sum, x.affine.scale, x.affine.zero);
+                  };
+                });
+  }
+};
+
+}  // namespace GOSSAMER_ISA
+}  // namespace gossamer

@@ -1,0 +1,171 @@
+// image_ops.cpp: the operators on blocked images, (images, ceil(channels / 4), height, width, 4) u8,
+// each with the (scale, zero point) of all its bytes beside it. Their schemas are in ops.cpp.
+
+#include <string>
+#include <vector>
+
+#include "include/gossamer.h"
+#include "torch/operands.h"
+#include "torch/tensor.h"
+
+namespace gossamer {
+namespace {
+
+Tensor blocked_tensor(int64_t images, int64_t channels, int64_t height, int64_t width) {
+  const int64_t blocks = up(channels, 4) / 4, line = 4 * width, plane = height * line;
+  return Tensor::empty({images, blocks, height, width, 4}, {blocks * plane, plane, line, 4, 1},
+                       aoti_torch_dtype_uint8());
+}
+
+void check_blocked(const Tensor& q, const char* name) {
+  if (q.dim == 5 && q.sizes[4] == 4 && q.dtype == aoti_torch_dtype_uint8() && q.contiguous())
+    return;
+  fail(std::string(name) + " of shape " + q.shape() +
+       " must be a blocked image: contiguous uint8 (images, blocks, height, width, 4)");
+}
+
+// A blocked image and its numbers, as the C ABI reads it.
+struct Blocked {
+  gossamer_input view;
+  gossamer_conv conv;
+
+  Blocked(const Tensor& q, float scale, int32_t zero) {
+    check_blocked(q, "q");
+    view = {q.data, GOSSAMER_UINT8, q.sizes[0], 0, nullptr, scale, zero, 0};
+  }
+  Blocked(const Blocked&) = delete;
+
+  void convolve(const Tensor& q, const std::vector<int64_t>& geometry) {
+    conv = conv_of(q.sizes[0], 4 * q.sizes[1], q.sizes[2], q.sizes[3], geometry);
+    view.conv = &conv;
+  }
+  Tensor result(int64_t channels) const {
+    return blocked_tensor(conv.images, channels, conv.out_h > 0 ? conv.out_h : 0,
+                          conv.out_w > 0 ? conv.out_w : 0);
+  }
+};
+
+// What both convolutions share behind their weights: x_affine, bias, y_affine, residual,
+// residual_affine, k, activation, conv. `multiply` gets input, k and output of the C ABI.
+template <typename Multiply>
+StableIValue convolution(const Tensor& q, Arguments& arguments, int64_t n, Multiply multiply) {
+  const int32_t floats = aoti_torch_dtype_float32();
+  const Affine x_affine(arguments.weight("x_affine", floats, 2), "x_affine");
+  const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
+  const Affine y_affine(arguments.weight("y_affine", floats, 2), "y_affine");
+  const std::vector<Tensor> residual = arguments.optional_tensor();
+  const std::vector<Tensor> range = arguments.optional_floats("residual_affine", 2);
+  const int64_t k = arguments.integer();
+  const gossamer_activation activation = activation_of(arguments.integer());
+  Blocked input(q, x_affine.scale, x_affine.zero);
+  input.convolve(q, arguments.integers());
+  Tensor y = input.result(n);
+  gossamer_blocked blocked{y_affine.scale, y_affine.zero, nullptr, 0, 0};
+  if (!residual.empty()) {
+    check_blocked(residual[0], "residual");
+    if (residual[0].shape() != y.shape()) {
+      fail("residual of shape " + residual[0].shape() + " must have that of y, " + y.shape());
+    }
+    if (range.empty()) fail("a residual needs its residual_affine");
+    const Affine affine(range[0], "residual_affine");
+    blocked.residual = static_cast<const uint8_t*>(residual[0].data);
+    blocked.residual_scale = affine.scale, blocked.residual_zero = affine.zero;
+  }
+  const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked};
+  require_gossamer(multiply(input.view, k, output));
+  return y.release();
+}
+
+}  // namespace
+
+// (x, affine) -> q
+void block(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TT");
+  const Tensor x = arguments.tensor();
+  const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
+  if (x.dim != 4) fail("x of shape " + x.shape() + " must be (images, channels, height, width)");
+  const int64_t channels = x.sizes[1], pixels = x.sizes[2] * x.sizes[3];
+  const bool planar = x.contiguous();
+  if (!planar && !channels_last(x)) {
+    fail("x of shape " + x.shape() + " must be contiguous or channels_last");
+  }
+  const gossamer_input input{x.data,  float_dtype(x), x.sizes[0],  channels * pixels,
+                             nullptr, affine.scale,   affine.zero, planar};
+  Tensor q = blocked_tensor(x.sizes[0], channels, x.sizes[2], x.sizes[3]);
+  require_gossamer(
+      gossamer_block(&input, channels, pixels, static_cast<uint8_t*>(q.data), parallel_for));
+  stack[0] = q.release();
+}
+
+// (q, affine, channels, to: a place in gossamer_dtype) -> y
+void unblock(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TTII");
+  const Tensor q = arguments.tensor();
+  const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
+  const int64_t channels = arguments.integer(), dtype = arguments.integer();
+  const Blocked input(q, affine.scale, affine.zero);
+  if (up(channels, 4) != 4 * q.sizes[1]) {
+    fail("q of shape " + q.shape() + " does not hold " + std::to_string(channels) + " channels");
+  }
+  const int32_t dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                            aoti_torch_dtype_float16()};
+  if (dtype < 0 || dtype > 2) fail("y must be float32, bfloat16 or float16");
+  const int64_t height = q.sizes[2], width = q.sizes[3], pixels = height * width;
+  Tensor y = Tensor::empty({q.sizes[0], channels, height, width},
+                           {channels * pixels, pixels, width, 1}, dtypes[dtype]);
+  require_gossamer(gossamer_unblock(&input.view, channels, pixels, y.data,
+                                    static_cast<gossamer_dtype>(dtype), parallel_for));
+  stack[0] = y.release();
+}
+
+// (q, kernel, stride, padding, dilation) -> y
+void max_pool(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TLLLL");
+  const Tensor q = arguments.tensor();
+  Blocked input(q, 1, 0);
+  std::vector<int64_t> kernel = arguments.integers(), stride = arguments.integers(),
+                       padding = arguments.integers(), dilation = arguments.integers();
+  std::vector<int64_t> geometry(kernel);
+  for (const std::vector<int64_t>* more : {&stride, &dilation, &padding})
+    geometry.insert(geometry.end(), more->begin(), more->end());
+  geometry.push_back(0);
+  input.convolve(q, geometry);
+  Tensor y = input.result(4 * q.sizes[1]);
+  require_gossamer(gossamer_max_pool(&input.view, static_cast<uint8_t*>(y.data), parallel_for));
+  stack[0] = y.release();
+}
+
+// (q, panels, scale, wsum, x_affine, ...)
+void conv_int8(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TTTTTOTOOIIL");
+  const Tensor q = arguments.tensor();
+  const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
+  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
+  const int64_t n = scale.numel();
+  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
+  stack[0] = convolution(q, arguments, n,
+                         [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+                           const gossamer_int8 w = dense_int8(panels, scale, &wsum, k);
+                           return gossamer_conv_int8(&x, &w, &y, parallel_for);
+                         });
+}
+
+// (q, values, columns, rows, cells, scale, wsum, x_affine, ...)
+void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "TTTTTTTTOTOOIIL");
+  const Tensor q = arguments.tensor();
+  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
+  const Index index(arguments, values.numel() / 4);
+  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
+  const int64_t n = scale.numel();
+  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
+  stack[0] = convolution(
+      q, arguments, n, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
+                                     static_cast<const float*>(scale.data),
+                                     static_cast<const int32_t*>(wsum.data)};
+        return gossamer_conv_spmm_int8(&x, &w, &y, parallel_for);
+      });
+}
+
+}  // namespace gossamer
