@@ -295,28 +295,16 @@ def test_nothing_has_a_case_or_an_operator_without_a_kernel() -> None:
     assert sorted(testing.CASES) == sorted(operators) == STEMS
 
 
-PUBLIC = [
-    *("Comparison", "Conv2d", "Cosine", "Cubic", "DIST", "Distiller", "Format", "Hint"),
-    *("History", "Int4", "Int8", "KD", "Linear", "OneShot", "Polynomial", "Pruner", "Relation"),
-    *("Report", "Sensitivity", "Sparse", "SparseInt8", "SquareHead", "calibrate", "compare"),
-    *(
-        "compress_",
-        "fit",
-        "fuse",
-        "gptq_",
-        "integrations",
-        "isa",
-        "load_",
-        "prune_",
-        "qat_",
-        "save",
-    ),
-    *("sensitivity", "slim_", "smooth_"),
-]
+PUBLIC = (
+    "Comparison Conv2d Cosine Cubic DIST Distiller Format Hint History Int4 Int8 KD Linear "
+    "OneShot Polynomial Pruner Relation Report Sensitivity Sparse SparseInt8 SquareHead "
+    "calibrate compare compress_ fit fuse gptq_ integrations isa load_ prune_ qat_ save "
+    "sensitivity slim_ smooth_"
+)
 
 
 def test_the_public_names_are_these() -> None:
-    assert sorted(gossamer.__all__) == PUBLIC
+    assert " ".join(sorted(gossamer.__all__)) == PUBLIC
     assert all(hasattr(gossamer, name) for name in gossamer.__all__)
 
 

@@ -116,7 +116,7 @@ class Linear(_Layer):
     Args:
         packed: the weight, n outputs x k inputs.
         bias: (n) float, or None.
-        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+        activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype.
 
@@ -214,7 +214,7 @@ class Conv2d(_Layer):
         bias: (out_channels) float, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in
             `nn.Conv2d`.
-        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+        activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
     float32, bfloat16 or float16; the result has the same dtype and memory format.
@@ -322,8 +322,7 @@ class Conv2d(_Layer):
                 f"(images, {-(-self.in_channels // 4)}, height, width, 4)"
             )
         self._check_size(x)
-        packed: Any = self.packed
-        return packed.convolve(
+        return self.packed.convolve(
             x, self.bias, self._activation, [*self._conv, 1], y_affine, residual, residual_affine
         )
 

@@ -34,7 +34,8 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
 
     The module takes inputs of other sizes and batches than the example's, as far as the model does;
     its results do not depend on what else is in the batch. Values that go back to floats have the
-    dtype that they had in the example. 8-bit images cannot hold a NaN or an Inf.
+    dtype that they had in the example. A NaN or an Inf, which no byte can stand for, is an error
+    where floats become bytes.
 
     Args:
         model: in eval mode, on the CPU, after `compress_`; it stays as it is, and its tensors are
