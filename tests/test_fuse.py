@@ -328,6 +328,10 @@ def test_compile_and_export(kind: str) -> None:
         compiled: Any = torch.compile(fused, fullgraph=True, backend="aot_eager")
         assert same_bits(compiled(x), want)
         assert same_bits(torch.export.export(fused, (x,)).module()(x), want)
+        sizes = ({0: torch.export.Dim("images", min=1, max=64)},)
+        exported = torch.export.export(fused, (x,), dynamic_shapes=sizes).module()
+        others = torch.randn(5, 3, 32, 32)
+        assert same_bits(exported(others), fused(others))
 
 
 def test_fusing_again_changes_nothing() -> None:

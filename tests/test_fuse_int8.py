@@ -25,7 +25,7 @@ from products import same_bits
 from torch import Tensor, nn
 
 import gossamer as gs
-from gossamer import ops, reference
+from gossamer import ops
 from gossamer.packed import affine_of
 
 EVERY_STATIC = pytest.mark.parametrize("format", STATIC, ids=lambda f: f.name)
@@ -37,11 +37,6 @@ def images(n: int = 2, size: int = 21) -> Tensor:
 
 def gives(fused: Any) -> dict[str, str]:
     return {row.name: row.gives for row in fused.report}
-
-
-def fake_quantized(x: Tensor, affine: Tensor) -> Tensor:
-    q, scale, zero = reference.quantize_rows(x.flatten(1), affine)
-    return ((q.float() - zero[:, None]) * scale[:, None]).view(x.shape)
 
 
 # Exactly.
@@ -160,41 +155,28 @@ def test_nearest_upsampling(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @EVERY_STATIC
 def test_a_residual_is_rounded_once(format: Any, stride: int, order: str) -> None:
-    torch.manual_seed(0)
-    pre, post = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
     block = lively(Block(8, 8, stride, order))
     x = images()
-    model = static(nn.Sequential(pre, block, post), x, format)
+    model: Any = static(nn.Sequential(nn.Conv2d(3, 8, 1), block, nn.Conv2d(8, 4, 1)), x, format)
     fused = gs.fuse(model, x)
-    conv2 = fused.get_submodule("1.conv2")
+    conv, other = "1.conv2", "0" if stride == 1 else "1.downsample.0"
+    if stride == 2 and order == "swapped":  # the left one computes, the right one is added
+        conv, other = other, conv
     rows = {row.name: row for row in fused.report}
+    assert rows[conv].fused == f"BatchNorm, + {other}, ReLU"
     assert not any(row.runs.startswith(("add", "ReLU", "BatchNorm")) for row in fused.report)
-    other = "0" if stride == 1 else "1.downsample.0"
-    fused_conv = "1.conv2"
-    if stride == 2 and order == "swapped":  # the left one is the convolution, the other is added
-        other, fused_conv = "1.conv2", "1.downsample.0"
-        conv2 = fused.get_submodule(fused_conv)
-    assert rows[fused_conv].fused == f"BatchNorm, + {other}, ReLU"
-    # The block in floats, from the bytes that it is given; its last layer is left out.
-    y = run(gs.fuse(nn.Sequential(model[0], model[1]), x), x)  # type: ignore[index]
-    want = run(model[1], run(model[0], x))  # type: ignore[index]
-    step, other_step = conv2.y_affine[0], conv2.residual_affine[0]
-    # Rounding of the other summand; and of the inputs' 8 bits, where BatchNorm moved a sum.
-    assert y.shape == want.shape
-    captured: dict[str, Tensor] = {}
-    hook = conv2.register_forward_hook(lambda m, args, out: captured.update(y=out))
+
+    last, got = fused.get_submodule(conv), []
+    last.register_forward_hook(lambda conv, args, y: got.append(ops.unblock(y, conv.y_affine, 8)))
     run(fused, x)
-    hook.remove()
-    got = ops.unblock(captured["y"], conv2.y_affine, 8)
-    flips = model[1].conv2.packed.x_affine[0] * model[1].conv2.unpack().abs().sum((1, 2, 3)).max()  # type: ignore[index]
-    factor = fused_scale(model[1])  # type: ignore[index]
-    assert (got - want).abs().max() <= step / 2 + other_step / 2 + flips * factor
-
-
-def fused_scale(block: Any) -> float:
-    """The largest |factor| of the last BatchNorm."""
-    bn = block.bn2
-    return float((bn.weight / (bn.running_var + bn.eps).sqrt()).abs().max())
+    want = run(model[1], run(model[0], x))
+    # Half a step of the residual and of the result; and where folding BatchNorm moved a sum over
+    # the edge between two bytes, one step of the input times the weights that read it.
+    bn, packed = model[1].bn2, model[1].conv2.packed
+    factor = (bn.weight / (bn.running_var + bn.eps).sqrt()).abs().max().detach()
+    flips = packed.x_affine[0] * packed.unpack().abs().sum(1).max() * factor
+    steps = (last.y_affine[0] + last.residual_affine[0]) / 2
+    assert (got[0] - want).abs().max() <= steps + flips
 
 
 def test_the_mean_of_bytes() -> None:
@@ -312,6 +294,68 @@ def test_who_reads_floats_shares_them() -> None:
     for view in (True, False):
         model = static(Net(view), x)
         assert same_bits(run(gs.fuse(model, x), x), run(model, x))
+
+
+class Odd(nn.Module):
+    """Floats between 8-bit images: a dense stem, a gate, a sum over an image, an early output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.two, self.three = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.four, self.five = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.max_pool2d(torch.sin(self.stem(x)), 2)
+        x = torch.relu(self.one(x) + x)
+        y = self.two(x)
+        y = self.three(y * torch.sigmoid(y.mean((2, 3), keepdim=True)))
+        y = y + y.mean(1, keepdim=True)
+        early = self.four(y)
+        z = self.five(F.relu6(early))
+        return {"early": early, "flat": z.view(z.size(0), -1), "x": x}
+
+
+@EVERY_STATIC
+def test_floats_between_images(format: Any) -> None:
+    x = images(size=10)
+    model = Odd()
+    with torch.no_grad(), gs.calibrate(model, observer="minmax"):
+        model(x)
+    gs.compress_(model, {"stem": None, "*": format})
+    fused = gs.fuse(model, x)
+    rows = {row.name: row for row in fused.report}
+    # The floats of a dense layer are quantized to be a residual, by the scale of who reads them.
+    assert rows["one"].fused == "+ max_pool2d, relu" and rows["max_pool2d_to_int8"].gives == "int8"
+    assert torch.equal(fused.one.residual_affine, fused.one.layer.packed.x_affine)
+    assert rows["two"].note == "gives fp32: mean, mul read it so"
+    assert rows["three"].gives == rows["add_1"].gives == rows["four"].gives == "fp32"
+    with torch.no_grad():
+        got, want = fused(x), model(x)
+    step = fused.one.y_affine[0] + fused.one.residual_affine[0]
+    assert (got["x"] - want["x"]).abs().max() <= step / 2 * 1.001
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+
+
+def test_asking_for_a_shape_needs_no_floats() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y = self.b(x)
+            whole = y.view(x.size(0), y.shape[1], -1) * x.shape[1] + x.size(dim=-1)
+            n, _, height, _ = x.shape
+            return whole.reshape(n, -1, height, x.size()[3])
+
+    x = images(size=7)
+    model = static(Net(), x)
+    fused = gs.fuse(model, x)
+    assert [row.runs for row in fused.report if "ToFloat" in row.runs] == ["ToFloat"]
+    other = images(3, 9)
+    assert same_bits(run(fused, other), run(model, other))
 
 
 def test_bfloat16(tmp_path: Any) -> None:

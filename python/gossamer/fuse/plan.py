@@ -162,8 +162,9 @@ def _wants(reader: fx.Node, node: fx.Node, plan: Plan) -> bool:
         return True
     if static_conv(reader) is not None:
         return source(reader) is node
-    op = plan.ops.get(reader)
-    return isinstance(op, PixelMean) or (op is not None and reader in plan.int8)
+    if isinstance(plan.ops.get(reader), PixelMean):
+        return len(node.users) == 1  # else it is no reason: floats are there anyway
+    return reader in plan.int8 and reader in plan.ops
 
 
 def _groups(plan: Plan) -> list[set[fx.Node]]:

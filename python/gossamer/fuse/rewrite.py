@@ -45,7 +45,7 @@ class _Rewriter:
             with self.graph.inserting_before(node):
                 if node in plan.int8:
                     self.images[node] = self._image(node)
-                elif isinstance(plan.ops.get(node), PixelMean):
+                elif isinstance(plan.ops.get(node), PixelMean) and source(node) in self.images:
                     self._mean(node)
                 elif node not in inside:
                     self._read_floats(node)

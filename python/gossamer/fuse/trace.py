@@ -71,11 +71,11 @@ def trace(model: nn.Module, example_inputs: Any) -> tuple[Fused, list[Any]]:
             "done to tensors, but no control flow that depends on them: move that part into a "
             "module of its own, which then stays as it is"
         ) from error
-    fused = Fused(root, graph, type(model).__name__)
-    for node in fused.graph.nodes:
+    for node in graph.nodes:
+        node.type = None  # an annotation, which may be a string that means nothing here
         if node.op == "call_module" and node.target in tracer.opaque:
             node.meta["note"] = f"not traced: {tracer.opaque[node.target]}"
-    return fused, list(arguments.inputs.values())
+    return Fused(root, graph, type(model).__name__), list(arguments.inputs.values())
 
 
 class _Arguments:
