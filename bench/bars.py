@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import multiprocessing
 import statistics
 import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -28,7 +26,7 @@ import torch
 from linear import HERE, about, heading
 from torch import Tensor, nn
 from torch.nn import functional as F
-from verdict import Bar, added_bytes, as_json, hold, verdicts
+from verdict import Bar, added_bytes, as_json, hold, own_process, verdicts
 
 import gossamer as gs
 from gossamer import _C, bench, ops, packed, peers, testing
@@ -212,9 +210,7 @@ def _operator_call(layer: gs.Linear, x: Tensor) -> Callable[[], object]:
 
 def _in_own_process(name: str, m: int, k: int, n: int) -> int:
     """`extra_bytes` where nothing else was ever allocated."""
-    fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["gossamer.bench"])  # imports torch once for all
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    with own_process("gossamer.bench") as pool:
         return pool.submit(extra_bytes, name, m, k, n, _C.isa()).result()
 
 
@@ -323,9 +319,9 @@ def main() -> None:
         for item in map(int, options.items.split(",")):
             bars += ITEMS[item](lab)
         machine = about(fbgemm=held or "the best it has", seconds=round(time.monotonic() - start))
-    lines = [*heading("Bars", machine), "", verdicts(bars)]
-    print(lines[-1])
     figures = {"machine": machine, "bars": as_json(bars)}
+    lines = [*heading("Bars", machine), "", verdicts(figures["bars"])]
+    print(lines[-1])
     name = f"bars-{options.isa}" if held else "bars"
     options.folder.joinpath(f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     options.folder.joinpath(f"{name}.md").write_text("\n".join(lines) + "\n")

@@ -27,6 +27,7 @@ from linear import HERE, about, heading
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from verdict import Bar, as_json, verdicts
 
 import gossamer as gs
 from gossamer.digits import shifted
@@ -37,7 +38,7 @@ from gossamer.timing import threads
 
 WORK = HERE.parent / "build" / "fashion-resnet"
 RECIPE = Recipe(epochs=8)
-FP32 = "fp32"
+FP32, FUSED = "fp32", "int8 static, fused"
 
 
 def augmented(x: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def augmented(x: Tensor) -> Tensor:
 
 def trained(folder: Path, seed: int, data: Images, recipe: Recipe) -> tuple[nn.Module, float]:
     """The dense net of a seed in eval mode, and the core seconds of its training, done once."""
-    path, about_it = folder / f"{seed}.safetensors", {"recipe": json.dumps(asdict(recipe))}
+    path, metadata = folder / f"{seed}.safetensors", {"recipe": json.dumps(asdict(recipe))}
     torch.manual_seed(seed)
     model = fashion_resnet()
     if not path.exists():
@@ -58,13 +59,13 @@ def trained(folder: Path, seed: int, data: Images, recipe: Recipe) -> tuple[nn.M
 
         start = time.process_time()
         train(model, loss, data, recipe)
-        about_it["seconds"] = f"{time.process_time() - start:.1f}"
+        metadata["seconds"] = f"{time.process_time() - start:.1f}"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-        save_file(weights, path, about_it)
+        save_file(weights, path, metadata)
     with safe_open(path, "pt") as file:
         found = file.metadata()
-    if found["recipe"] != about_it["recipe"]:
+    if found["recipe"] != metadata["recipe"]:
         raise SystemExit(f"{path} is of another recipe, {found['recipe']}: remove it")
     model.load_state_dict(load_file(path))
     return model.eval(), float(found["seconds"])
@@ -92,7 +93,7 @@ ROWS: dict[str, Callable[[nn.Module, Images], nn.Module]] = {
     FP32: lambda model, data: model,
     "int8 dynamic, layer by layer": dynamic,
     "int8 static, layer by layer": static,
-    "int8 static, fused": fused,
+    FUSED: fused,
 }
 
 
@@ -127,19 +128,14 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
         }
         for name in ROWS
     }
-    fp32, int8 = rows[FP32], rows["int8 static, fused"]
+    fp32, int8 = rows[FP32], rows[FUSED]
     lost = fp32["accuracy"] - int8["accuracy"]
     bars = [
-        ("accuracy of fp32, %", fp32["accuracy"], ">=", 92.0),
-        ("int8 static, fused: points lost", lost, "<=", 0.3),
-        ("int8 static, fused: same class as fp32, %", int8["agreement"], ">=", 98.0),
+        Bar(1, "fp32, accuracy", ">=", 92.0, fp32["accuracy"], " %"),
+        Bar(2, f"{FUSED}, points lost", "<=", 0.3, lost, ""),
+        Bar(3, f"{FUSED}, same class as fp32", ">=", 98.0, int8["agreement"], " %"),
     ]
-    held = [
-        {"what": what, "measured": value, "sense": sense, "limit": limit}
-        | {"passed": value >= limit if sense == ">=" else value <= limit}
-        for what, value, sense, limit in bars
-    ]
-    return {"rows": rows, "bars": held}
+    return {"rows": rows, "bars": as_json(bars)}
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -153,13 +149,6 @@ def markdown(figures: dict[str, Any]) -> str:
         ]
         for name, row in figures["rows"].items()
     ]
-    held = [
-        [
-            *(bar["what"], f"{bar['sense']} {bar['limit']:g}", f"{bar['measured']:.2f}"),
-            "pass" if bar["passed"] else "MISS",
-        ]
-        for bar in figures["bars"]
-    ]
     headers = ["", ">accuracy", ">difference", ">same class as fp32", ">each seed"]
     seconds = " ".join(f"{value:.0f}" for value in figures["core_seconds"])
     about_rows = (
@@ -168,7 +157,7 @@ def markdown(figures: dict[str, Any]) -> str:
     )
     lines = heading("Fashion-MNIST: a small ResNet in int8", figures["machine"])
     lines += ["", about_rows, "", render(headers, rows), "", "## Bars", ""]
-    return "\n".join([*lines, render(["", ">asked for", ">measured", "verdict"], held), ""])
+    return "\n".join([*lines, verdicts(figures["bars"]), ""])
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +51,26 @@ def hold(variables: dict[str, str]) -> None:
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
-def verdicts(bars: Sequence[Bar]) -> str:
-    """A table of bars, and how many are kept."""
-    headers = [">item", "bar", ">wanted", ">measured", "verdict", "in detail"]
-    kept = sum(bar.passed for bar in bars)
-    table = render(headers, [bar.cells() for bar in bars])
-    return f"{kept} of {len(bars)} bars are kept.\n\n{table}"
-
-
 def as_json(bars: Sequence[Bar]) -> list[dict[str, Any]]:
     """The bars with their verdicts."""
     assert all(math.isfinite(bar.measured) for bar in bars)
     return [{**asdict(bar), "passed": bar.passed} for bar in bars]
+
+
+def verdicts(bars: Sequence[dict[str, Any]]) -> str:
+    """A table of what `as_json` gave, and how many are kept."""
+    headers = [">item", "bar", ">wanted", ">measured", "verdict", "in detail"]
+    kept = sum(bar["passed"] for bar in bars)
+    names = [field.name for field in fields(Bar)]
+    rows = [Bar(**{name: bar[name] for name in names}).cells() for bar in bars]
+    return f"{kept} of {len(bars)} bars are kept.\n\n{render(headers, rows)}"
+
+
+def own_process(preload: str) -> ProcessPoolExecutor:
+    """A process in which nothing ran before but the import of a module."""
+    fresh = multiprocessing.get_context("forkserver")
+    fresh.set_forkserver_preload([preload])  # imports torch once for all
+    return ProcessPoolExecutor(1, mp_context=fresh)
 
 
 def added_bytes(call: Callable[[], object]) -> int:
