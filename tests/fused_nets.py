@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,11 @@ import gossamer as gs
 from gossamer.calibrate import observed
 
 STATIC = [gs.Int8(activations="static"), gs.SparseInt8(activations="static")]
+EVERY_STATIC = pytest.mark.parametrize("format", STATIC, ids=lambda f: f.name)
+
+
+def images(n: int = 2, size: int = 21) -> Tensor:
+    return torch.randn(n, 3, size, size)
 
 
 class Chain(nn.Module):
