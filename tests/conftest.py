@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+
 import hypothesis
 import pytest
 import torch
+from builds import ROOT
 
 from gossamer import _C, testing
 
@@ -18,3 +21,10 @@ def isa(request):
     """Each instruction set of this CPU, in use while the test runs."""
     with testing.isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of bench/."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module

@@ -51,7 +51,7 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size < 150_000
         assert f"({name})" in page
 
-    tables = ("minilm", "demo", "training", "fashion", "minilm_distil")
+    tables = ("minilm", "demo", "training", "fashion", "minilm_distil", "fashion_resnet", "resnet")
     for name in ("README.md", *(f"bench/{table}.json" for table in tables)):
         shutil.copy(ROOT / name, tmp_path)
     readme = tmp_path / "README.md"

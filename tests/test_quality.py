@@ -1,9 +1,8 @@
-"""bench/fashion.py and bench/minilm_distil.py: tiny runs, on data that are made here."""
+"""bench/fashion*.py and bench/minilm_distil.py: tiny runs, on data that are made here."""
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
 import struct
@@ -21,13 +20,6 @@ import gossamer as gs
 from gossamer.tasks import minilm
 
 FASHION = ROOT / "bench" / "fashion.py"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a script of bench/."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +61,37 @@ def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_pat
     fashion.Work(tmp_path, data, {"epochs": 1}).figures("dense", 0)
     with pytest.raises(SystemExit, match=r"dense-0.json is of another recipe"):
         fashion.Work(tmp_path, data, {"epochs": 1, "rate": 1e-4}).figures("dense", 0)
+
+
+def test_a_small_resnet_is_trained_once_and_quantized(bench, clothes: Path, tmp_path: Path) -> None:
+    command = (sys.executable, ROOT / "bench" / "fashion_resnet.py", "--data", clothes)
+    command += ("--work", tmp_path / "work", "--folder", tmp_path, "--images", "64", "--seeds", "2")
+    output(*command)
+    first = json.loads((tmp_path / "fashion_resnet.json").read_text())
+    assert [len(row["each"]) for row in first["rows"].values()] == [2, 2, 2, 2]
+    assert first["rows"]["fp32"]["agreement"] == 100 and len(first["bars"]) == 3
+    assert all(name in (tmp_path / "fashion_resnet.md").read_text() for name in first["rows"])
+    output(*command)  # takes the weights, and their seconds, from the work folder
+    assert json.loads((tmp_path / "fashion_resnet.json").read_text()) == first
+    script = bench("fashion_resnet")
+    with pytest.raises(SystemExit, match=r"1.safetensors is of another recipe"):
+        data = script.images("train", 64, clothes)
+        script.trained(tmp_path / "work", 1, data, script.Recipe(epochs=2))
+
+
+def test_images_are_mirrored_and_moved_whole(bench) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 32, 32)
+    y = bench("fashion_resnet").augmented(x)
+    assert y.shape == x.shape and y.is_contiguous(memory_format=torch.channels_last)
+    inside = y[:, :, 4:-4, 4:-4]
+
+    def is_moved(source: torch.Tensor) -> torch.Tensor:
+        places = [(down, right) for down in range(2, 7) for right in range(2, 7)]
+        same = [inside == source[:, :, d : d + 24, r : r + 24] for d, r in places]
+        return torch.stack([found.flatten(1).all(1) for found in same]).any(0)
+
+    assert (is_moved(x) ^ is_moved(x.flip(3))).all() and is_moved(x).any() and not is_moved(x).all()
 
 
 def test_the_controls_are_what_they_say(bench) -> None:
