@@ -9,7 +9,6 @@ import json
 import struct
 import sys
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 from builds import ROOT, output
 
-import gossamer as gs
 from gossamer.tasks import minilm
 
 FASHION = ROOT / "bench" / "fashion.py"
@@ -63,6 +61,16 @@ def test_every_row_of_fashion_is_trained_once_and_reported(clothes: Path, tmp_pa
     assert json.loads((tmp_path / "fashion.json").read_text())["rows"] == figures["rows"]
 
 
+def test_tuning_never_sees_the_test_images(clothes: Path, tmp_path: Path) -> None:
+    (clothes / "t10k-images-idx3-ubyte.gz").rename(tmp_path / "hidden.gz")
+    command = (sys.executable, FASHION, "--data", clothes, "--work", tmp_path / "work")
+    printed = output(*command, "--folder", tmp_path, "--images", "60", "--tune", "90")
+    kept = {path.stem for path in (tmp_path / "work" / "tuning").glob("*.json")}
+    assert "90, seed 100" in printed and kept == {"dense-100", "90-100"}
+    assert not (tmp_path / "fashion.md").exists()
+    (tmp_path / "hidden.gz").rename(clothes / "t10k-images-idx3-ubyte.gz")
+
+
 def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_path: Path) -> None:
     fashion = bench("fashion")
     data = (fashion.images("train", 64, clothes), fashion.images("test", 64, clothes))
@@ -71,21 +79,9 @@ def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_pat
         fashion.Work(tmp_path, data, {"epochs": 1, "rate": 1e-4}).figures("dense", 0)
 
 
-def test_the_controls_are_what_they_say(bench) -> None:
+def test_the_shuffled_teacher_gives_each_image_anothers_logits(bench) -> None:
     fashion = bench("fashion")
     torch.manual_seed(0)
-    model = torch.nn.Linear(64, 64)
-    pruner = fashion.RandomPruner(model, 0.5, "1x4", gs.Cubic(steps=4))
-    masks = []
-    for _ in range(5):
-        pruner.step()
-        masks.append(pruner.masks[""].clone())
-    assert pruner.sparsity == 0.5 and bool((model.weight == 0).eq(~masks[-1]).all())
-    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(masks))
-    best = gs.Pruner(torch.nn.Linear(64, 64), 0.5, "1x4")
-    best.finish()
-    assert not torch.equal(best.masks[""], masks[-1])
-
     x = torch.arange(32.0).view(32, 1)
     logits = fashion.Shuffled(torch.nn.Identity())(x)
     assert not torch.equal(logits, x) and torch.equal(logits.sort(0).values, x)
