@@ -109,6 +109,7 @@ ORDER = (
     ("loop",),
     ("train",),
     ("tasks",),
+    ("calls",),
     ("recipe",),
     ("bench",),
     ("road",),
