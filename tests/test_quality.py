@@ -16,6 +16,7 @@ import pytest
 import torch
 from builds import ROOT, output
 
+import gossamer as gs
 from gossamer.tasks import minilm
 
 FASHION = ROOT / "bench" / "fashion.py"
@@ -80,11 +81,24 @@ def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_pat
 
 
 def test_the_shuffled_teacher_gives_each_image_anothers_logits(bench) -> None:
-    fashion = bench("fashion")
+    rows = bench("fashion_rows")
     torch.manual_seed(0)
     x = torch.arange(32.0).view(32, 1)
-    logits = fashion.Shuffled(torch.nn.Identity())(x)
+    logits = rows.Shuffled(torch.nn.Identity())(x)
     assert not torch.equal(logits, x) and torch.equal(logits.sort(0).values, x)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.98])
+def test_the_layers_lose_what_the_row_says(bench, sparsity: float) -> None:
+    rows = bench("fashion_rows")
+    model = rows.TextbookCNN()
+    pruner = gs.Pruner(model, rows.shares(model, sparsity), "1x4", scope="layer")
+    pruner.finish()
+    assert pruner.masks.keys() == {"conv1", "conv2", "fc1", "fc2"}
+    pruned = [(1 - mask.float().mean().item(), mask.numel()) for mask in pruner.masks.values()]
+    assert pruned[0][0] == pruned[3][0] == 0.0 and pruned[1][0] < sparsity < pruned[2][0]
+    zeros = sum(share * size for share, size in pruned[1:3])
+    assert zeros / sum(size for _, size in pruned[1:3]) == pytest.approx(sparsity, abs=1e-5)
 
 
 class Words:

@@ -161,6 +161,7 @@ def static():
         ("seed: 3", "seeds: 3", 2, "seeds: unknown key; did you mean seed?"),
         ("  sparsity: 0.75\n", "", 6, "prune.sparsity: is missing"),
         ("  sparsity: 0.75", "  sparsity: 1", 7, "less than 1, got 1"),
+        ("  sparsity: 0.75", "  sparsity: {fc1: 0.5, fc2: yes}", 7, "less than 1, got True"),
         ("AdamW", "Adamw", 5, "unknown optimizer 'Adamw': use "),
         ("lr: 1e-2}", "rate: 1e-2}", 5, "AdamW has no 'rate': it has lr, betas"),
         ("temperature: 2.0", "temperature: -1", 15, "temperature=-1 must be positive"),
@@ -210,6 +211,8 @@ def test_all_mistakes_are_named_at_once(write):
 @pytest.mark.parametrize(
     ("old", "new", "line", "sentence"),
     [
+        ("sparsity: 0.75", "sparsity: {fc9: 0.5}", 7, "pattern 'fc9' matches no layer"),
+        ("sparsity: 0.75", "sparsity: {fc1: 0.5}", 6, "a sparsity for each layer needs scope='l"),
         ("[fc3]", "[fc3, fc9]", 9, "pattern 'fc9' matches no layer; layers are: fc1, fc2, fc3"),
         ("    fc3: Int8", "    fc4: Int8", 20, "pattern 'fc4' matches no layer"),
         ("re:fc[12]", "re:fc[45]", 16, "matches no layer"),
@@ -275,6 +278,15 @@ def test_prune_knows_what_the_pruner_knows(write, tmp_path, how):
     magnitude = mlp.MLP(16)
     gs.prune_(magnitude, 0.5, scope="layer" if "layer" in how else "global")
     assert not torch.equal(pruned, magnitude.fc1.weight == 0)
+
+
+def test_each_layer_may_have_a_sparsity_of_its_own(write, tmp_path):
+    prune = 'prune: {sparsity: {fc1: 0.75, "*": 0.5}, scope: layer, exclude: [fc3]}'
+    path = write(f"task: {{name: test_recipe:small, width: 16}}\n{prune}\n")
+    road.run(recipe.load(path), tmp_path / "run", progress=False)
+    weights = load_file(tmp_path / "run" / "prune.safetensors")
+    zeros = [(weights[f"fc{i}.weight"] == 0).float().mean().item() for i in (1, 2, 3)]
+    assert zeros == [0.75, 0.5, 0.0]
 
 
 def test_static_int8_is_trained_with_and_packs_to_what_was_trained(write, tmp_path):

@@ -25,7 +25,14 @@ from .patterns import select
 
 try:
     import yaml
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+    )
 except ImportError as error:
     raise ImportError(
         f"{error.name} is missing, recipes are read with it: "
@@ -48,6 +55,14 @@ FormatCall = Annotated[Call, BeforeValidator(named("format", lambda: FORMATS))]
 def _by_pattern(value: Any) -> Any:
     """One format for all layers is the pattern `*`."""
     return {"*": value} if isinstance(value, str) or "name" in (value or {}) else value
+
+
+def _shares(value: Any) -> Any:
+    """A share, or patterns of layers to shares."""
+    for share in value.values() if isinstance(value, dict) else [value]:
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise ValueError(f"should be a number from 0 to less than 1, got {share!r}")
+    return value
 
 
 def _one_task(value: Any) -> Any:
@@ -101,7 +116,9 @@ class Calibration(_Part):
 class Prune(Training):
     """Zeros. With epochs it trains on labels meanwhile; without, during distil, or all at once."""
 
-    sparsity: float = Field(ge=0, lt=1, description="share of the weights that go")
+    sparsity: Annotated[Any, AfterValidator(_shares)] = Field(
+        description="share of the weights that go; or of each layer, by pattern"
+    )
     pattern: str = Field("unstructured", description="of zeros, as gs.Pruner knows it")
     scope: str = Field("global", description="of the ranking, as gs.Pruner knows it")
     exclude: list[str] = Field([], description="patterns of layers to leave alone")
@@ -255,9 +272,11 @@ class Document:
         modules = [(name, module) for name, module in model.named_modules() if name]
         layers = [name for name, module in modules if type(module) in LAYERS]
         excluded = recipe.prune.exclude if recipe.prune else []
+        shares = recipe.prune.sparsity if recipe.prune else None
         formats = recipe.quantize.formats if recipe.quantize else {}
         patterns: list[tuple[Key, str]] = [
             *((("prune", "exclude", index), pattern) for index, pattern in enumerate(excluded)),
+            *((("prune", "sparsity", p), p) for p in (shares if isinstance(shares, dict) else ())),
             *((("quantize", "formats", pattern), pattern) for pattern in formats),
         ]
         for key, pattern in patterns:
