@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ class Recipe:
     teacher: float = 1.0  # weight of the teacher's logits
     hard: float = 1.0  # weight of the labels
     pruning: float = 0.5  # share of the steps; the others train what is left
+    root: float = 3.0  # of the density is conv2's: 3 % of the weights, each used 256 times
     images: int | None = None  # to train with; default all
 
 
@@ -164,13 +164,10 @@ STUDENTS = {
 }
 
 
-def shares(model: nn.Module, sparsity: float) -> dict[str, float]:
-    """What each layer loses, where all of them lose `sparsity`: conv2's density is its root.
-
-    conv2 holds 3 % of the weights and uses each 256 times an image: see `Recipe`.
-    """
+def shares(model: nn.Module, sparsity: float, root: float) -> dict[str, float]:
+    """What each layer loses, where all of them lose `sparsity`: see `Recipe.root`."""
     sizes = {name: model.get_submodule(name).weight.numel() for name in ("conv2", "fc1")}
-    conv2 = 1 - math.sqrt(1 - sparsity)
+    conv2 = 1 - (1 - sparsity) ** (1 / root)
     fc1 = (sparsity * sum(sizes.values()) - conv2 * sizes["conv2"]) / sizes["fc1"]
     return {"conv2": conv2, "fc1": fc1}
 
@@ -199,7 +196,12 @@ def fit(
         return train(model, learn, data, recipe)
     steps = max(1, round(recipe.pruning * recipe.epochs * -(-len(data.y) // recipe.batch)))
     pruner = gs.Pruner(
-        model, shares(model, row.sparsity), "1x4", gs.Cubic(steps), "layer", score=row.score
+        model,
+        shares(model, row.sparsity, recipe.root),
+        "1x4",
+        gs.Cubic(steps),
+        "layer",
+        score=row.score,
     )
     train(model, learn, data, recipe, pruner.step)
     pruner.finish()

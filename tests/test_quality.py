@@ -92,7 +92,7 @@ def test_the_shuffled_teacher_gives_each_image_anothers_logits(bench) -> None:
 def test_the_layers_lose_what_the_row_says(bench, sparsity: float) -> None:
     rows = bench("fashion_rows")
     model = rows.TextbookCNN()
-    pruner = gs.Pruner(model, rows.shares(model, sparsity), "1x4", scope="layer")
+    pruner = gs.Pruner(model, rows.shares(model, sparsity, root=3.0), "1x4", scope="layer")
     pruner.finish()
     assert pruner.masks.keys() == {"conv1", "conv2", "fc1", "fc2"}
     pruned = [(1 - mask.float().mean().item(), mask.numel()) for mask in pruner.masks.values()]
