@@ -130,6 +130,11 @@ def quantized(model: nn.Module, data: Images) -> None:
 
 
 CONTROLS = ("90 shuffled", "90 random")
+# Accuracy of the packed model on held-out images at 90 and 95 %, seed 100, one change after the
+# other: as dense was trained 92.27 91.78; six epochs 92.50 91.99; the teacher at a quarter 92.75
+# 92.27 (dense 93.24); conv2 and fc1 losing other shares than a global ranking gives them, conv2
+# 75 %: 92.82 92.60, 50 %: 92.96 92.64 (the cube root is 54 % and 63 %). Of no use: Taylor scores
+# 92.17 at 95 %, half the learning rate 92.07; pruning in 30 % of the steps is equal.
 FURTHER = Recipe(epochs=6, teacher=0.25, pruning=0.4)
 # With all images and three epochs the student has no room for what a teacher adds.
 SMALL = Recipe(epochs=20, images=6000)
