@@ -114,6 +114,7 @@ ORDER = (
     ("loop",),
     ("train",),
     ("tasks",),
+    ("calls",),
     ("recipe",),
     ("bench",),
     ("road",),

@@ -8,7 +8,6 @@ import json
 import struct
 import sys
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +54,16 @@ def test_every_row_of_fashion_is_trained_once_and_reported(clothes: Path, tmp_pa
     assert json.loads((tmp_path / "fashion.json").read_text())["rows"] == figures["rows"]
 
 
+def test_tuning_never_sees_the_test_images(clothes: Path, tmp_path: Path) -> None:
+    (clothes / "t10k-images-idx3-ubyte.gz").rename(tmp_path / "hidden.gz")
+    command = (sys.executable, FASHION, "--data", clothes, "--work", tmp_path / "work")
+    printed = output(*command, "--folder", tmp_path, "--images", "60", "--tune", "90")
+    kept = {path.stem for path in (tmp_path / "work" / "tuning").glob("*.json")}
+    assert "90, seed 100" in printed and kept == {"dense-100", "90-100"}
+    assert not (tmp_path / "fashion.md").exists()
+    (tmp_path / "hidden.gz").rename(clothes / "t10k-images-idx3-ubyte.gz")
+
+
 def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_path: Path) -> None:
     fashion = bench("fashion")
     data = (fashion.images("train", 64, clothes), fashion.images("test", 64, clothes))
@@ -94,24 +103,25 @@ def test_images_are_mirrored_and_moved_whole(bench) -> None:
     assert (is_moved(x) ^ is_moved(x.flip(3))).all() and is_moved(x).any() and not is_moved(x).all()
 
 
-def test_the_controls_are_what_they_say(bench) -> None:
-    fashion = bench("fashion")
+def test_the_shuffled_teacher_gives_each_image_anothers_logits(bench) -> None:
+    rows = bench("fashion_rows")
     torch.manual_seed(0)
-    model = torch.nn.Linear(64, 64)
-    pruner = fashion.RandomPruner(model, 0.5, "1x4", gs.Cubic(steps=4))
-    masks = []
-    for _ in range(5):
-        pruner.step()
-        masks.append(pruner.masks[""].clone())
-    assert pruner.sparsity == 0.5 and bool((model.weight == 0).eq(~masks[-1]).all())
-    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(masks))
-    best = gs.Pruner(torch.nn.Linear(64, 64), 0.5, "1x4")
-    best.finish()
-    assert not torch.equal(best.masks[""], masks[-1])
-
     x = torch.arange(32.0).view(32, 1)
-    logits = fashion.Shuffled(torch.nn.Identity())(x)
+    logits = rows.Shuffled(torch.nn.Identity())(x)
     assert not torch.equal(logits, x) and torch.equal(logits.sort(0).values, x)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.98])
+def test_the_layers_lose_what_the_row_says(bench, sparsity: float) -> None:
+    rows = bench("fashion_rows")
+    model = rows.TextbookCNN()
+    pruner = gs.Pruner(model, rows.shares(model, sparsity, root=3.0), "1x4", scope="layer")
+    pruner.finish()
+    assert pruner.masks.keys() == {"conv1", "conv2", "fc1", "fc2"}
+    pruned = [(1 - mask.float().mean().item(), mask.numel()) for mask in pruner.masks.values()]
+    assert pruned[0][0] == pruned[3][0] == 0.0 and pruned[1][0] < sparsity < pruned[2][0]
+    zeros = sum(share * size for share, size in pruned[1:3])
+    assert zeros / sum(size for _, size in pruned[1:3]) == pytest.approx(sparsity, abs=1e-5)
 
 
 class Words:
