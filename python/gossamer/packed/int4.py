@@ -11,7 +11,7 @@ from gossamer import ops
 from gossamer.formats import Format, Int4
 from gossamer.obs import inverse_factor, walk
 
-from .base import Packed, round_up
+from .base import Packed, lay_out, round_up
 from .int8 import PANEL
 from .lanes import check_scale, check_wsum
 
@@ -141,6 +141,9 @@ class PackedInt4(Packed):
         packed.wsum = packed._integers().sum(1, dtype=torch.int32)
         return packed
 
+    def _arrange(self, gpu: bool) -> None:
+        self.panels = lay_out(self.panels, gpu)
+
     def _codes(self) -> Tensor:
         """(n up to 16, k up to 32) uint8."""
         lines = self.panels.transpose(1, 2)
@@ -149,7 +152,7 @@ class PackedInt4(Packed):
 
     def _integers(self) -> Tensor:
         """(n, k) int16: the value of each weight times the scale of its group."""
-        values = VALUES.to(torch.int16)[self._codes().int()]
+        values = VALUES.to(self.panels.device, torch.int16)[self._codes().int()]
         scales = self.group_scale.transpose(1, 2).reshape(values.shape[0], -1, 1)
         groups = values.view(*scales.shape[:2], self.format.group) * scales
         return groups.view(values.shape)[: self.n, : self.k]
