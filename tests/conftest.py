@@ -1,8 +1,9 @@
-"""One thread for every test that does not ask for more, and hypothesis without a clock."""
+"""One thread a test, hypothesis without a clock, Triton without a GPU."""
 
 from __future__ import annotations
 
 import importlib
+import os
 
 import hypothesis
 import pytest
@@ -11,6 +12,9 @@ from builds import ROOT
 
 from gossamer import _C, testing
 
+# Before anything imports triton: without a GPU its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("gossamer", deadline=None)
 hypothesis.settings.load_profile("gossamer")

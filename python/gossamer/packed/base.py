@@ -16,6 +16,17 @@ from .affine import affine_of, check_affine
 MAX_K = 65536
 
 
+def lay_out(panels: Tensor, gpu: bool) -> Tensor:
+    """Panels (P, S, 16, b) with another order in memory: on a GPU the rows of the weight follow.
+
+    The tensor is the same but for its strides, so a state_dict is too.
+
+    >>> lay_out(torch.zeros(2, 3, 16, 4), gpu=True).stride()
+    (192, 4, 12, 1)
+    """
+    return panels.transpose(1, 2).contiguous().transpose(1, 2) if gpu else panels.contiguous()
+
+
 def round_up(value: int, unit: int) -> int:
     """The next multiple of `unit`."""
     return -(-value // unit) * unit
@@ -161,6 +172,16 @@ class Packed(nn.Module):
     def _validate(self) -> None:
         raise NotImplementedError
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        device = next(iter(self._tensors().values())).device
+        if device.type != "meta":
+            self._arrange(device.type == "cuda")
+        return self
+
+    def _arrange(self, gpu: bool) -> None:
+        """Lays out what a GPU reads in another order than a CPU, when the buffers have moved."""
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -191,7 +212,13 @@ class Packed(nn.Module):
         self._adopt(loaded)
 
     def _adopt(self, loaded: Packed) -> None:
-        """Takes over what `loaded`, of the same class, n and k, holds."""
+        """Takes over what `loaded`, of the same class, n and k, holds, to where this one is."""
+        device = next(iter(self._tensors().values())).device
+        self._take(loaded)
+        self._apply(lambda tensor: tensor.to(device))
+
+    def _take(self, loaded: Any) -> None:
+        """`_adopt` on the CPU."""
         for name in self.buffers_of(self.format):
             setattr(self, name, getattr(loaded, name).clone())
 

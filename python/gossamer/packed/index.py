@@ -121,6 +121,43 @@ def entry_places(n: int, unit: int, index: Index) -> tuple[Tensor, Tensor]:
     return torch.repeat_interleave(output, length), columns * unit
 
 
+def bitmap_of(n: int, k: int, unit: int, index: Index) -> Tensor:
+    """The index as the kernels of a GPU read it: (n, words, 2) int32.
+
+    A word is 32 columns: a bit for each that has an entry, and which entry the first of them is.
+    Entries of zeros that fill up a row of an odd length are left out.
+
+    Raises:
+        ValueError: the entries of a row are not in the order of their columns, as packing has them.
+    """
+    output, inputs = entry_places(n, unit, index)
+    words = -(-k // (32 * unit))
+    column = inputs // unit
+    place = output * words + column // 32
+    entry = torch.arange(len(column))
+    block = output * words + column // _C.block_columns(unit)
+    behind = torch.ones(len(column), dtype=torch.bool)
+    behind[1:] = (block[1:] != block[:-1]) | (column[1:] > column[:-1])
+    last = torch.ones_like(behind)
+    last[:-1] = block[1:] != block[:-1]
+    kept = behind | ~last if unit == 4 else torch.ones_like(behind)
+    bits, count = torch.zeros(2, n * words, dtype=torch.int64)
+    first, end = torch.full((n * words,), len(entry)), torch.full((n * words,), -1)
+    bits.index_add_(0, place[kept], (1 << column % 32)[kept])
+    count.index_add_(0, place[kept], torch.ones_like(entry)[kept])
+    first.scatter_reduce_(0, place[kept], entry[kept], "amin")
+    end.scatter_reduce_(0, place[kept], entry[kept], "amax")
+    if not behind[kept].all() or (count > 0).logical_and(end - first + 1 != count).any():
+        raise ValueError(
+            "the index lists the inputs of an output twice or out of order, which no GPU kernel "
+            "can read: pack the weight again"
+        )
+    first = torch.where(count > 0, first, 0)
+    # Bit 31 is the sign of an int32.
+    bits = torch.where(bits >= 2**31, bits - 2**32, bits)
+    return torch.stack([bits, first], -1).to(torch.int32).view(n, words, 2)
+
+
 def check_index(n: int, k: int, unit: int, values: Tensor, index: Index) -> None:
     """ValueError unless the index and the shape of the values belong to an n x k weight."""
     columns, rows, cells = index

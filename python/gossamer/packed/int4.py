@@ -12,7 +12,7 @@ from gossamer import ops
 from gossamer.formats import Format, Int4
 from gossamer.obs import inverse_factor, walk
 
-from .base import Packed, round_up
+from .base import Packed, lay_out, round_up
 from .int8 import PANEL
 from .lanes import check_scale, check_wsum, scale_signs, times_sign
 
@@ -157,6 +157,9 @@ class PackedInt4(Packed):
         scales = [part._group_scales()[: part.n] for part in parts]
         return _panels(torch.cat(codes), torch.cat(scales))
 
+    def _arrange(self, gpu: bool) -> None:
+        self.panels = lay_out(self.panels, gpu)
+
     def _codes(self) -> Tensor:
         """(n up to 16, k up to 32) uint8."""
         lines = self.panels.transpose(1, 2)
@@ -170,7 +173,7 @@ class PackedInt4(Packed):
 
     def _integers(self) -> Tensor:
         """(n, k) int16: the value of each weight times the scale of its group."""
-        values = VALUES.to(torch.int16)[self._codes().int()]
+        values = VALUES.to(self.panels.device, torch.int16)[self._codes().int()]
         scales = self._group_scales()
         groups = values.view(*scales.shape, self.format.group) * scales.unsqueeze(2)
         return groups.view(values.shape)[: self.n, : self.k]

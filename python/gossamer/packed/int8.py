@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
-from .base import Packed, round_up
+from .base import Packed, lay_out, round_up
 from .lanes import (
     check_lanes,
     check_scale,
@@ -69,6 +69,9 @@ class _Int8Panels(Packed):
         """(n up to 16, k up to 8) int8."""
         panels = self.panels
         return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)
+
+    def _arrange(self, gpu: bool) -> None:
+        self.panels = lay_out(self.panels, gpu)
 
     def _validate(self) -> None:
         n, k = self.n, self.k

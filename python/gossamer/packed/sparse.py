@@ -15,6 +15,7 @@ from .base import Packed, round_up
 from .index import (
     INDEX_BUFFERS,
     Index,
+    bitmap_of,
     build_index,
     check_index,
     concat_indices,
@@ -35,8 +36,9 @@ from .lanes import (
 
 
 class _Indexed(Packed):
-    """A packed weight with the buffers of an index."""
+    """A packed weight with the buffers of an index, and on a GPU with its bitmap."""
 
+    UNIT: ClassVar[int]  # inputs of an entry
     values: Tensor
     columns: Tensor
     rows: Tensor
@@ -51,11 +53,19 @@ class _Indexed(Packed):
         values = torch.cat([part.values.detach() for part in parts])[entry]
         return {"values": values, **index._asdict()}
 
+    def _arrange(self, gpu: bool) -> None:
+        bitmap = None
+        if gpu:
+            index = Index(*(part.cpu() for part in self._index()))
+            bitmap = bitmap_of(self.n, self.k, self.UNIT, index).to(self.columns.device)
+        self.register_buffer("bitmap", bitmap, persistent=False)
+
 
 class PackedSparse(_Indexed):
     """`Sparse()`: fp32 values and their index."""
 
     kernel = "spmm"
+    UNIT = 1
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
     @classmethod
@@ -78,11 +88,11 @@ class PackedSparse(_Indexed):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        index = (b["columns"], b["rows"], b["cells"])
-        return ops.spmm(x, b["values"], *index, self.n, bias, self.k, activation, conv)
+        weight = (b["values"], b["columns"], b["rows"], b["cells"])
+        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, b.get("bitmap"))
 
     def unpack(self) -> Tensor:
-        weight = torch.zeros(self.n, self.k)
+        weight = self.values.new_zeros(self.n, self.k)
         # A file may list a place twice: a kernel adds what is there, and so does this.
         return weight.index_put_(
             entry_places(self.n, 1, self._index()), self.values, accumulate=True
@@ -103,6 +113,7 @@ class PackedSparseInt8(_Indexed):
     wsum: Tensor
 
     kernel = "spmm_int8"
+    UNIT = 4
     BUFFERS: ClassVar = {
         "values": torch.int8,
         **INDEX_BUFFERS,
@@ -157,7 +168,8 @@ class PackedSparseInt8(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
+        affine, bitmap = b.get("x_affine"), b.get("bitmap")
+        return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, bitmap)
 
     def convolve(
         self,
@@ -177,10 +189,10 @@ class PackedSparseInt8(_Indexed):
         return ops.conv_spmm_int8(q, *weight, *images, self.k, activation, conv)
 
     def unpack(self) -> Tensor:
-        weight = torch.zeros(self.n, round_up(self.k, 4))
+        weight = self.scale.new_zeros(self.n, round_up(self.k, 4))
         outputs, inputs = entry_places(self.n, 4, self._index())
         # Padding entries are zeros at column 0 of their block: adding them changes nothing.
-        places = (outputs[:, None], inputs[:, None] + torch.arange(4))
+        places = (outputs[:, None], inputs[:, None] + torch.arange(4, device=inputs.device))
         weight.index_put_(places, self.values.float() * self.scale[outputs, None], accumulate=True)
         return weight[:, : self.k].contiguous()
 
