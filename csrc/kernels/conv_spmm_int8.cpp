@@ -46,7 +46,8 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
       I32 other = set(int32_t{0});
       if (kResidual) {
         const int32_t* at = residual + output / 4 * plane + v * kLanes;
-        other = unsigned_byte(v < V - 1 ? load(at) : load_some(at, last), static_cast<int>(output % 4));
+        other =
+            unsigned_byte(v < V - 1 ? load(at) : load_some(at, last), static_cast<int>(output % 4));
       }
       store_bytes(bytes + output * kWidth + v * kLanes, requantize(floats(sum[v]), other));
     }

@@ -131,8 +131,7 @@ struct Requantize {
     if (kClamped && activation == GOSSAMER_RELU) quantize.first = set(0.0f);
   }
   I32 operator()(F32 value, I32 residual) const {
-    if (kResidual)
-      value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
+    if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
     return quantize(kClamped ? value : activate(value, activation));
   }
 };
