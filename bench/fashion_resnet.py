@@ -16,13 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fashion import STATIC, Recipe, calibrated, train
+from fashion_rows import STATIC, Recipe, calibrated, train
 from linear import HERE, about, heading
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,6 +41,11 @@ RECIPE = Recipe(epochs=8)
 FP32, FUSED = "fp32", "int8 static, fused"
 
 
+def used(recipe: Recipe) -> dict[str, Any]:
+    """What this training reads of a recipe."""
+    return {name: getattr(recipe, name) for name in ("epochs", "batch", "rate")}
+
+
 def augmented(x: Tensor) -> Tensor:
     """Each image mirrored or not, the batch moved by up to 2 pixels."""
     mirrored = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
@@ -49,7 +54,7 @@ def augmented(x: Tensor) -> Tensor:
 
 def trained(folder: Path, seed: int, data: Images, recipe: Recipe) -> tuple[nn.Module, float]:
     """The dense net of a seed in eval mode, and the core seconds of its training, done once."""
-    path, metadata = folder / f"{seed}.safetensors", {"recipe": json.dumps(asdict(recipe))}
+    path, metadata = folder / f"{seed}.safetensors", {"recipe": json.dumps(used(recipe))}
     torch.manual_seed(seed)
     model = fashion_resnet()
     if not path.exists():
@@ -173,7 +178,7 @@ def main() -> None:
     with threads(1):
         nets = [trained(options.work, seed, data[0], recipe) for seed in range(options.seeds)]
         runs = [measured(model, (data[0], data[1])) for model, _ in nets]
-    figures = {"machine": about(threads=1), "recipe": asdict(recipe), **summary(runs)}
+    figures = {"machine": about(threads=1), "recipe": used(recipe), **summary(runs)}
     figures["core_seconds"] = [seconds for _, seconds in nets]
     options.folder.joinpath("fashion_resnet.json").write_text(json.dumps(figures, indent=1) + "\n")
     options.folder.joinpath("fashion_resnet.md").write_text(markdown(figures))
