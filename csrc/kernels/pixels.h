@@ -59,18 +59,15 @@ class Window {
         min(min(y, sub(number(conv_.height - 1), y)), min(x, sub(number(conv_.width - 1), x)));
     const I32 inside = sub(set(-1), max(set(-1), min(room, set(0))));
     const I32 fill = mul(add(inside, set(1)), set(outside));
-    int32_t at[kLanes];
-    store(at, add(mul(y, number(conv_.width)), x));
+    const I32 at = add(mul(y, number(conv_.width)), x);
     if (joined_[v]) {
+      int32_t place[kLanes];
+      store(place, at);
       for (int64_t b = 0; b < blocks; ++b, image += plane)
-        take(b, add(load_where(image + at[0], inside), fill));
-      return;
-    }
-    int32_t is_inside[kLanes], words[kLanes];
-    store(is_inside, inside);
-    for (int64_t b = 0; b < blocks; ++b, image += plane) {
-      for (int i = 0; i < kLanes; ++i) words[i] = is_inside[i] ? image[at[i]] : outside;
-      take(b, load(words));
+        take(b, add(load_where(image + place[0], inside), fill));
+    } else {
+      for (int64_t b = 0; b < blocks; ++b, image += plane)
+        take(b, add(load_at(image, at, inside), fill));
     }
   }
 

@@ -77,6 +77,12 @@ std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands
 // Of all int8 results, FNV-1a: the same number on every CPU, emulated or not.
 uint64_t int8_bits = 0xcbf29ce484222325;
 
+template <typename Byte>
+void add_bits(const std::vector<Byte>& bytes) {
+  for (const Byte byte : bytes)
+    int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
+}
+
 void check_products(const Product& p) {
   const Operands operands[] = {{p.weight, Side::kEnd}, {p.weight, Side::kBegin}};
   for (int unit : {1, 4}) {
@@ -102,9 +108,7 @@ void check_products(const Product& p) {
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
     }
-    for (const char byte : first)
-      if (integers(arithmetic))
-        int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
+    if (integers(arithmetic)) add_bits(first);
   }
 }
 
@@ -165,7 +169,7 @@ int64_t check_shapes(std::mt19937& random) {
                     weight,
                     random_bias(s.n, random),
                     static_cast<gossamer_dtype>(checked % 3),
-                    static_cast<gossamer_activation>(checked % 4),
+                    static_cast<gossamer_activation>(checked % 6),
                     false,
                     checked % 2 * 3};
     for (const Product& product : {p, p.with_a_range()}) {
@@ -193,11 +197,12 @@ int64_t check_convolutions(std::mt19937& random) {
                       weight,
                       random_bias(n, random),
                       static_cast<gossamer_dtype>(checked % 3),
-                      static_cast<gossamer_activation>(checked % 4),
+                      static_cast<gossamer_activation>(checked % 6),
                       planar,
                       0};
       check_products(p);
       check_products(p.with_a_range());
+      add_bits(check_images(p.with_a_range(), backwards));
       if (!planar) check_im2col(p);
       if (!planar) check_gradient(p, backwards, random);
       ++checked;

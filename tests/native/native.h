@@ -108,11 +108,15 @@ inline void compare(const Product& p, const std::vector<Expected>& reference,
 
 // kernels.cpp: the kernels alone, with guarded scratch; the functions that they are made of.
 void check_kernels(const Product& product);
+// The tables that this CPU can run.
+std::vector<const gossamer::Kernels*> tables_here();
 void check_contracts();
 // gradient.cpp: sddmm, through the C ABI and as a kernel alone.
 void check_gradient_kernel(const gossamer::Kernels& table, const Product& product,
                            const Operands& operands, Side side);
 void check_gradient(const Product& product, gossamer_parallel_for parallel_for,
                     std::mt19937& random);
+// images.cpp: blocked images; the bytes of all results.
+std::vector<uint8_t> check_images(const Product& product, gossamer_parallel_for parallel_for);
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);
