@@ -219,13 +219,14 @@ def test_a_model_that_cannot_be_traced_is_named_with_its_line() -> None:
 
 
 def test_a_part_that_cannot_be_traced_stays_whole() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Branches(), nn.Linear(4, 4), nn.ReLU()).eval()
+    first, last = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Sequential(Branches()), last, nn.ReLU()).eval()
     gs.compress_(model, gs.Int8())
     x = torch.randn(2, 4)
     fused = gs.fuse(model, x)
     assert same_bits(run(fused, x), run(model, x))
     names = [(row.name, row.fused) for row in fused.report]
-    assert names == [("0", "ReLU"), ("2", ""), ("3", "ReLU")]
+    assert names == [("0", "ReLU"), ("2.0", ""), ("3", "ReLU")]
     assert "not traced: " in fused.report.rows[1].note
     assert "used as inputs to control flow" in fused.report.rows[1].note
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer import ops
+from gossamer.packed import range_of
 
 
 def gives(fused: Any) -> dict[str, str]:
@@ -177,24 +178,54 @@ def test_additions_that_are_no_residual() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.c, self.d = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.e, self.f, self.g, self.h = (nn.Conv2d(3, 3, 1) for _ in range(4))
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.a(x)
             z = self.c(y + self.b(x))  # a is read by others too, so b computes
             z = F.relu(z) + F.silu(self.d(y))  # neither is a sum any more
-            return torch.add(self.b(z), self.c(z), alpha=2) + self.a(z).mean()
+            z = torch.add(self.e(z), self.f(z), alpha=2)
+            z = self.g(z)
+            y = self.h(z + z)
+            return y + y.mean((0, 1))  # of another shape
 
     x = images()
     model = static(Net(), x)
     fused = gs.fuse(model, x)
-    fusions = {row.name: row.fused for row in fused.report}
-    assert {name: what for name, what in fusions.items() if what} == {
-        "b": "+ a",
-        "c": "relu",
-        "d": "silu",
-    }
+    fusions = {row.name: row.fused for row in fused.report if row.fused}
+    assert fusions == {"b": "+ a", "c": "relu", "d": "silu"}
     error = run(fused, x) - run(model, x)
     assert error.norm() < 0.05 * run(model, x).norm()
+
+
+@pytest.mark.parametrize("act", [F.silu, F.hardswish, F.gelu, F.relu6], ids=lambda f: f.__name__)
+def test_the_activation_behind_a_residual(act: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(8, 8, 3, 1, 1),
+                nn.Conv2d(8, 4, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y: Tensor = self.c(act(x + self.b(x)))
+            return y
+
+    x = images() * 4
+    model: Any = static(Net(), x)
+    fused = gs.fuse(model, x)
+    assert fused.report.rows[2].fused == f"+ a, {act.__name__}"
+    got: list[Tensor] = []
+    fused.b.register_forward_hook(lambda m, args, y: got.append(ops.unblock(y, m.y_affine, 8)))
+    run(fused, x)
+    affines = fused.b.residual_affine, fused.b.y_affine
+    other = run(model.a, x).clamp(*range_of(affines[0]))
+    want = act(other + run(model.b, run(model.a, x))).clamp(*range_of(affines[1]))
+    # Half a step each; no slope of these is above 1.5.
+    assert (got[0] - want).abs().max() <= affines[0][0] * 0.751 + affines[1][0] * 0.501
 
 
 def test_the_mean_of_bytes() -> None:
