@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
-import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,10 +26,10 @@ import torch
 from linear import HERE, about, heading
 from torch import Tensor, nn
 from torch.nn import functional as F
+from verdict import Bar, added_bytes, as_json, hold, own_process, verdicts
 
 import gossamer as gs
 from gossamer import _C, bench, ops, packed, peers, testing
-from gossamer.report import render
 from gossamer.timing import threads
 
 MIB = 2**20
@@ -46,34 +41,6 @@ GEMM = [
 # At 80, 90 and 95 % zeros, times torch fp32; and which part of that is asked for at 32 rows.
 SPARSE = {"sparse": ((3.6, 6.2, 10.0), 0.75), "sparse-int8": ((8.0, 14.0, 22.0), 1.0)}
 ZEROS = (0.8, 0.9, 0.95)
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One figure of an item: `measured` must be at least, or at most (`sense`), `limit`."""
-
-    item: int
-    what: str
-    sense: str
-    limit: float
-    measured: float
-    unit: str = "x"
-    detail: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the figure keeps its bar."""
-        over = self.measured >= self.limit
-        return over if self.sense == ">=" else self.measured <= self.limit
-
-    def cells(self) -> list[str]:
-        """A row of the table."""
-        wanted = f"{self.sense} {self.limit:.3g}{self.unit}"
-        verdict = "pass" if self.passed else "MISS"
-        return [
-            *(str(self.item), self.what, wanted, f"{self.measured:.3g}{self.unit}", verdict),
-            self.detail,
-        ]
 
 
 @dataclass(frozen=True)
@@ -243,9 +210,7 @@ def _operator_call(layer: gs.Linear, x: Tensor) -> Callable[[], object]:
 
 def _in_own_process(name: str, m: int, k: int, n: int) -> int:
     """`extra_bytes` where nothing else was ever allocated."""
-    fresh = multiprocessing.get_context("forkserver")
-    fresh.set_forkserver_preload(["gossamer.bench"])  # imports torch once for all
-    with ProcessPoolExecutor(1, mp_context=fresh) as pool:
+    with own_process("gossamer.bench") as pool:
         return pool.submit(extra_bytes, name, m, k, n, _C.isa()).result()
 
 
@@ -255,18 +220,7 @@ def extra_bytes(name: str, m: int, k: int, n: int, isa: str) -> int:
     with testing.isa(isa), torch.inference_mode():
         bench.pack(name, nn.Linear(16, 16), 0.9)[0](torch.randn(1, 16))  # loads code
         layer, x = bench.pack(name, nn.Linear(k, n), 0.9)[0], torch.randn(m, k)
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
-        before = _status("VmRSS")
-        layer(x)
-        # Less than none: a page was given back meanwhile.
-        return max(0, _status("VmHWM") - before - 4 * m * n)
-
-
-def _status(field: str) -> int:
-    """Bytes in a line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+        return max(0, added_bytes(lambda: layer(x)) - 4 * m * n)
 
 
 def models(lab: Lab) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -356,26 +310,18 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
     parser.add_argument("--folder", type=Path, default=HERE, help="where to write the two files")
     options = parser.parse_args()
-    # FBGEMM reads this once, so before torch is there: like is compared with like. MKL, under torch
-    # fp32, keeps what the CPU has.
+    # Like is compared with like. MKL, under torch fp32, keeps what the CPU has.
     held = {"avx2": "AVX2"}.get(options.isa, "")
-    if held and os.environ.get("FBGEMM_ENABLE_INSTRUCTIONS") != held:
-        os.environ["FBGEMM_ENABLE_INSTRUCTIONS"] = held
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    if held:
+        hold({"FBGEMM_ENABLE_INSTRUCTIONS": held})
     lab, bars, start = Lab(options.seconds, options.shrink), [], time.monotonic()
     with testing.isa(options.isa), threads(1):
         for item in map(int, options.items.split(",")):
             bars += ITEMS[item](lab)
         machine = about(fbgemm=held or "the best it has", seconds=round(time.monotonic() - start))
-    table = render(
-        [">item", "bar", ">wanted", ">measured", "verdict", "in detail"],
-        [bar.cells() for bar in bars],
-    )
-    kept = sum(bar.passed for bar in bars)
-    lines = [*heading("Bars", machine), "", f"{kept} of {len(bars)} bars are kept.", "", table]
-    print("\n".join(lines[-3:]))
-    figures = {"machine": machine, "bars": [{**asdict(b), "passed": b.passed} for b in bars]}
-    assert all(math.isfinite(bar.measured) for bar in bars)
+    figures = {"machine": machine, "bars": as_json(bars)}
+    lines = [*heading("Bars", machine), "", verdicts(figures["bars"])]
+    print(lines[-1])
     name = f"bars-{options.isa}" if held else "bars"
     options.folder.joinpath(f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     options.folder.joinpath(f"{name}.md").write_text("\n".join(lines) + "\n")

@@ -46,7 +46,9 @@ def commit() -> str:
 
 def about(**more: Any) -> dict[str, Any]:
     """What the figures of this command depend on."""
-    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    # A folder of this machine is of no use on another one: only the names of files are kept.
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    command = " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *given])
     return {**bench.machine(), **more, "commit": commit(), "command": command}
 
 

@@ -101,8 +101,61 @@ def fashion(figures: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def distilled(figures: dict[str, Any]) -> list[list[str]]:
+    """What MiniLM keeps at a high sparsity."""
+    test, recipe = figures["test"], figures["recipe"]
+    title = f"{recipe['sparsity']:.0%} in 1x4 blocks, `SparseInt8`"
+    minutes = f"after {figures['minutes']:.0f} minutes of distilling on sentences without labels"
+    return [
+        ["all-MiniLM-L6-v2", "Spearman, STS-B test"],
+        ["original, fp32", f"{test['fp32']:.4f}"],
+        [f"{title}, {minutes}", f"{test['sparse int8']:.4f}"],
+    ]
+
+
+RESNET = {
+    "torch fp32": "torch fp32",
+    "torch fp32, channels_last": "torch fp32, channels_last",
+    "onnxruntime int8": "ONNX Runtime int8",
+    "openvino int8": "OpenVINO int8",
+    "int8": "`Int8` static, fused",
+    "sparse fp32 90 %": "`Sparse` 90 %, fused",
+    "sparse int8 80 %": "`SparseInt8` 80 %, static, fused",
+    "sparse int8 90 %": "`SparseInt8` 90 %, static, fused",
+}
+
+
+def resnet(figures: dict[str, Any]) -> list[list[str]]:
+    """A row a net, its time at each batch, and its memory."""
+    rows = [["ResNet-50, 224 x 224", "batch 1", "batch 16", "memory, batch 16"]]
+    for name, title in RESNET.items():
+        cells = []
+        for ms in figures["ms"].values():
+            better = min(ms[layout] for layout in RESNET if layout.startswith("torch"))
+            if name in ms:
+                cells.append(f"{ms[name]:.3g} ms ({better / ms[name]:.1f}x)")
+        used = figures["memory"].get(name)
+        memory = f"{sum(used.values()) / 2**20:.0f} MiB" if used else ""
+        rows += [[title, *cells, memory]] if cells else []
+    return rows
+
+
+def fashion_resnet(figures: dict[str, Any]) -> list[list[str]]:
+    """What int8 costs a small ResNet."""
+    fp32 = figures["rows"]["fp32"]["accuracy"]
+    rows = [["small ResNet", "test accuracy", "against fp32", "same class as fp32"]]
+    for name, row in figures["rows"].items():
+        accuracy = row["accuracy"]
+        agreement = f"{row['agreement']:.2f} %"
+        rows.append([name, f"{accuracy:.2f} %", f"{accuracy - fp32:+.2f}", agreement])
+    return rows
+
+
 TABLES = {
     "fashion.json": fashion,
+    "minilm_distil.json": distilled,
+    "fashion_resnet.json": fashion_resnet,
+    "resnet.json": resnet,
     "results.json": layers,
     "training.json": training,
     "minilm.json": minilm,

@@ -63,7 +63,8 @@ int check_dtype(gossamer_dtype dtype, bool bytes) {
   return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(dtype));
 }
 
-int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* y, bool images) {
+int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* y,
+          Layouts layouts) {
   if (!active_kernels()) return fail("%s", isa_error());
   if (!x || !y) return fail("x and y must not be NULL");
   if (n < 1 || k < 1)
@@ -72,15 +73,16 @@ int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* 
   if (k > kMaxK) {
     return fail("k=%lld overflows int32 (limit %lld): split the layer", Long(k), Long(kMaxK));
   }
-  if (const int status = check_dtype(x->dtype, images && x->conv)) return status;
+  if (const int status = check_dtype(x->dtype, layouts == Layouts::kAny && x->conv)) return status;
   if (const int status = check_affine(x->scale, x->zero, "x")) return status;
   if (x->dtype == GOSSAMER_UINT8 && (x->scale == 0 || x->planar)) {
     return fail("a blocked image is not planar, and has a scale of its own");
   }
-  if (!(images && x->conv) && (x->planar || y->blocked)) {
-    return fail(
-        "the channels of an image must be innermost (channels_last): planar and blocked images are "
-        "for int8 weights");
+  if (x->planar && !(layouts != Layouts::kInnermost && x->conv)) {
+    return fail("x is planar, but its channels must be innermost (channels_last) here");
+  }
+  if (y->blocked && !(layouts == Layouts::kAny && x->conv)) {
+    return fail("a blocked y is for convolutions of int8 weights");
   }
   if (y->activation < GOSSAMER_NONE || y->activation > GOSSAMER_HARDSWISH) {
     return fail("activation %d is unknown: use 0 to %d, see gossamer_activation",

@@ -91,7 +91,7 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
                                   const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
   if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
-  if (const int status = check(x, w->n, w->k, y, true)) return status;
+  if (const int status = check(x, w->n, w->k, y, Layouts::kAny)) return status;
   const int64_t panels = ceil_div(w->n, kPanel), pixels = tile_pixels(*x->conv, kMaxPixels);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
   return convolve(*x, *y, w->n, work, double(w->n) * double(w->k), Even(),
@@ -107,7 +107,7 @@ extern "C" int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_s
   if (!w) return fail("w must not be NULL");
   if (x && !x->conv) return fail("conv_spmm_int8 needs the geometry of a convolution");
   const gossamer_index& index = w->index;
-  if (const int status = check(x, index.n, index.k, y, true)) return status;
+  if (const int status = check(x, index.n, index.k, y, Layouts::kAny)) return status;
   const int64_t most = index.k <= active_kernels()->wide_k ? kMaxPixels : kNarrowLanes;
   const int64_t pixels = tile_pixels(*x->conv, most);
   const Work work = work_of(*x, pixels, chunk_count(index.n));

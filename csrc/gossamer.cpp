@@ -107,24 +107,23 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
                              const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
   const gossamer_index& index = w->index;
-  if (const int status = check(x, index.n, index.k, y)) return status;
-  const int64_t chunk = chunk_rows(index.n);
-  const int64_t row_bytes = 4 * (index.k + chunk) + float_tile_bytes(*x, index.k, 1);
+  if (const int status = check(x, index.n, index.k, y, Layouts::kFloats)) return status;
+  const int64_t row_bytes = 4 * (index.k + chunk_rows(index.n));
   const int64_t rows = tile_rows(kMaxLanes, row_bytes, index.n, index.k);
-  const Work work = work_of(*x, rows, chunk_count(index.n));
+  const Work work = joined_work_of(*x, rows, chunk_count(index.n));
   // An fp32 multiply-add takes twice an int8 one.
   const double macs = macs_of_lanes(work, 2 * double(index.entries));
   const ByEntries before{index, ceil_div(index.k, kBlockFloats)};
   return run(work, macs, before, parallel_for, [&](const Tile& tile) {
-    Sink sink(*x, *y, index.n);
-    const int64_t own = spmm_scratch(index.n, index.k, work.tile);
-    Arena arena{
-        scratch.reserve(float_tile_bytes(*x, index.k, work.tile) + own + sink.bytes(work.tile))};
-    if (!arena.next) return false;
-    char* lanes = arena.take(own);
-    const FloatTile in = float_tile(*x, index.k, tile, arena);
-    kernels_for(tile.count())->spmm(in, *w, tile.units, sink.open(tile, arena), lanes);
-    sink.flush(tile, {tile.units.begin * chunk, tile.units.end * chunk});
+    char* lanes = scratch.reserve(spmm_scratch(index.n, index.k, work.tile));
+    if (!lanes) return false;
+    const int64_t first = tile.rows.begin, size = element_size(x->dtype);
+    const char* data = static_cast<const char*>(x->data) + (x->conv ? 0 : first * x->stride * size);
+    const FloatTile in{data, x->stride, x->dtype, tile.count(), x->conv, first, x->planar != 0};
+    const int64_t plane = y->planar ? x->conv->out_h * x->conv->out_w : 0;
+    char* out = static_cast<char*>(y->data) + (plane ? 0 : first * y->stride * size);
+    const Destination to{out, y->stride, x->dtype, y->bias, y->activation, plane, first};
+    kernels_for(tile.count())->spmm(in, *w, tile.units, to, lanes);
     return true;
   });
 }
@@ -226,6 +225,7 @@ extern "C" int gossamer_im2col(const gossamer_input* x, void* rows,
   }
   const int64_t k = columns_of(*x->conv), size = element_size(x->dtype);
   if (const int status = check_conv(*x->conv)) return status;
+  if (x->planar) return fail("x is planar: im2col gathers images with innermost channels");
   if (!active_kernels()) return fail("%s", isa_error());
   const Work work = work_of(*x, kDenseTile, 1);
   return run(work, macs_of(work, 8.0 * double(k)), Even(), parallel_for, [&](const Tile& tile) {

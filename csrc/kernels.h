@@ -8,13 +8,15 @@
 
 namespace gossamer {
 
-// Where a kernel writes: y[row * stride + output], for rows of one tile and any outputs.
+// Where a kernel writes: y[row * stride + output], for rows of one tile and any outputs; or, where
+// plane is not 0, into y (images, n, plane), of which the tile's rows are the pixels from `first` on.
 struct Destination {
   void* y;
   int64_t stride;
   gossamer_dtype dtype;
   const float* bias;
   gossamer_activation activation;
+  int64_t plane = 0, first = 0;
 };
 
 // A tile of activations as quantize_rows leaves them. stride is a multiple of kStep, for gemm_int4
@@ -27,11 +29,16 @@ struct QuantizedTile {
   int64_t rows;
 };
 
+// Rows of a matrix; or, with conv, output pixels from `first` on, counted over all images: x is the
+// images then, planes of a channel each (planar) or channels innermost.
 struct FloatTile {
   const void* x;
   int64_t stride;
   gossamer_dtype dtype;
   int64_t rows;
+  const gossamer_conv* conv = nullptr;
+  int64_t first = 0;
+  bool planar = false;
 };
 
 // x ~ (q - zero) * scale; to a kernel, a scale of 0 means: of each row's own range.

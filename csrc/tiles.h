@@ -158,6 +158,13 @@ inline Work work_of(const gossamer_input& x, int64_t tile, int64_t units) {
   return {images, rows, std::min(tile, rows), units};
 }
 
+// The same with rows counted over all images: a tile may go on from one image to the next.
+inline Work joined_work_of(const gossamer_input& x, int64_t tile, int64_t units) {
+  const Work apart = work_of(x, tile, units);
+  const int64_t rows = apart.images * apart.rows;
+  return {1, rows, std::min(tile, rows), units};
+}
+
 inline double macs_of(const Work& w, double weights) {
   return static_cast<double>(w.images * w.rows) * weights;
 }

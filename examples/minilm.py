@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gossamer as gs
+from gossamer import peers
 from gossamer.report import render
 from gossamer.tasks.minilm import TOKENS, embed, load, pairs, spearman
-
-
-def quantize_dynamic(model: nn.Module) -> nn.Module | None:
-    """torch's own int8 model, or None where this torch has none."""
-    try:
-        from torch.ao.quantization import quantize_dynamic
-
-        with warnings.catch_warnings():  # deprecated since torch 2.10, and still the fastest peer
-            warnings.simplefilter("ignore")
-            return quantize_dynamic(copy.deepcopy(model), {nn.Linear})
-    except (ImportError, AttributeError, RuntimeError) as error:
-        print(f"torch {torch.__version__} has no quantize_dynamic here: {error}", file=sys.stderr)
-        return None
 
 
 def static_int8(model: nn.Module, tokenizer: Any, limit: int | None) -> nn.Module:
@@ -63,8 +50,10 @@ def run(limit: int | None, threads: int) -> tuple[dict[str, Any], gs.Report]:
         "gossamer int8 static": static_int8(dense, tokenizer, limit),
         "gossamer int4": int4,
     }
-    if (peer := quantize_dynamic(dense)) is not None:
-        models["torch int8"] = peer
+    try:
+        models["torch int8"] = peers.quantize_dynamic(dense)
+    except ImportError as error:
+        print(error, file=sys.stderr)
 
     first, second, ratings = pairs(limit=limit)
     embeddings: list[Tensor] = []

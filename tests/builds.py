@@ -20,9 +20,10 @@ def tool(name: str) -> str:
     return found
 
 
-def output(*command: str | Path, cwd: Path | None = None) -> str:
+def output(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """What a command prints on stdout; a failure shows all that it printed."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True)
     shown = " ".join(map(str, command))
     assert done.returncode == 0, (
         f"{shown}\nended with {done.returncode}\n{done.stdout}{done.stderr}"

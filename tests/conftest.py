@@ -1,13 +1,20 @@
-"""One thread for every test that does not ask for more, and hypothesis without a clock."""
+"""One thread a test, hypothesis without a clock, Triton without a GPU."""
 
 from __future__ import annotations
+
+import importlib
+import os
 
 import hypothesis
 import pytest
 import torch
+from builds import ROOT
 
 from gossamer import _C, testing
 
+# Before anything imports triton: without a GPU its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("gossamer", deadline=None)
 hypothesis.settings.load_profile("gossamer")
@@ -18,3 +25,10 @@ def isa(request):
     """Each instruction set of this CPU, in use while the test runs."""
     with testing.isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a script of bench/."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module

@@ -51,7 +51,7 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size < 150_000
         assert f"({name})" in page
 
-    tables = ("minilm", "demo", "training", "fashion")
+    tables = ("minilm", "demo", "training", "fashion", "minilm_distil", "fashion_resnet", "resnet")
     for name in ("README.md", *(f"bench/{table}.json" for table in tables)):
         shutil.copy(ROOT / name, tmp_path)
     readme = tmp_path / "README.md"
@@ -78,3 +78,13 @@ def test_a_distillation_step_is_timed(tmp_path: Path) -> None:
     assert figures["ratio"] > 0 and figures["loss_difference"] < 0.05
     assert all(step["ms"] > 0 for group in ("steps", "cache") for step in figures[group].values())
     assert shown.strip() in (tmp_path / "distil.md").read_text()
+
+
+def test_an_encoder_is_timed_and_its_parts(tmp_path: Path) -> None:
+    shown = run("encoder.py", tmp_path)
+    figures = json.loads((tmp_path / "encoder.json").read_text())
+    assert [row["bar"] for row in figures["rows"] if row["bar"]] == [2.0, 4.0]
+    assert all(row["ms"] > 0 for row in figures["rows"])
+    assert figures["shares"]["Int8, fused"]["GELU"] == 0 < figures["shares"]["Int8"]["GELU"]
+    assert all(sum(own.values()) == pytest.approx(1) for own in figures["shares"].values())
+    assert (tmp_path / "encoder.md").read_text().strip() in shown

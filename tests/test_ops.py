@@ -190,9 +190,10 @@ def test_wrong_geometry(stem: str) -> None:
             packed.matmul(x, conv=conv)
     with pytest.raises(RuntimeError, match="conv needs 11 integers, got 10"):
         packed.matmul(x, conv=IMAGE.conv()[:10])
-    if stem not in INT8_STEMS:
+    # Contiguous images are for int8 weights and fp32 sparse ones; another layout is nobody's.
+    for image in (x.mT,) if stem in (*INT8_STEMS, "spmm") else (x.mT, x):
         with pytest.raises(RuntimeError, match="channels_last"):
-            operator_of(stem)(*arguments(packed, x, None, IMAGE.conv()))
+            operator_of(stem)(*arguments(packed, image, None, IMAGE.conv()))
 
 
 def test_quantize_rows_needs_a_row() -> None:
@@ -232,6 +233,20 @@ def test_a_gradient_is_a_sentence(stem: str) -> None:
         assert not packed.matmul(x.clone().requires_grad_()).requires_grad
     with torch.inference_mode():
         assert same_bits(packed.matmul(x.clone()), want)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_with_gradients_on_the_result_may_be_written_to(compiled: bool) -> None:
+    packed, x = packed_case("gemm_int8", CASE), CASE.x()
+
+    def call(x: Tensor) -> Tensor:
+        return torch.relu_(packed.matmul(x))
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    y = run(x.clone().requires_grad_())
+    assert same_bits(y.detach(), packed.matmul(x).relu())
+    with pytest.raises(RuntimeError, match="inference only"):
+        y.sum().backward()
 
 
 def test_negated_views_are_read_negated() -> None:

@@ -184,3 +184,42 @@ def test_unknown_formats() -> None:
 def test_layouts_do_not_depend_on_the_isa() -> None:
     assert (_C.block_columns(1), _C.block_columns(4)) == (96, 192)
     assert [_C.chunk_rows(n) for n in (1, 16, 17, 33, 1024, 1025)] == [16, 16, 16, 32, 512, 272]
+
+
+# Weights below each other.
+
+
+def part(format: gs.Format, n: int, k: int = 300) -> Any:
+    """Rows of odd lengths, blocks whose integers are all 0, outputs of nothing."""
+    weight = Case("part", 1, k, n, density=0.4, block=4).weight()
+    weight[:, :8] *= 1e-5
+    weight[n // 2] = 0
+    static = getattr(format, "activations", "") == "static"
+    return pack(weight, format, (-1.5, 2.0) if static else None)
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (1, 20, 7, 600)], ids=str)
+@pytest.mark.parametrize("format", [*FORMATS.values(), gs.Int8(activations="static")], ids=str)
+def test_concat_has_the_bits_of_its_parts(format: gs.Format, sizes: tuple[int, ...]) -> None:
+    parts = [part(format, n) for n in sizes]
+    whole = parts[0].concat(parts)
+    whole.from_buffers(whole.n, whole.k, format, dict(whole.named_buffers()))  # valid
+    assert torch.equal(whole.unpack(), torch.cat([p.unpack() for p in parts]))
+    assert whole.nbytes <= sum(p.nbytes for p in parts)
+    for m in (1, 5, 70):
+        x = Case("x", m, 300, 1).x()
+        want = torch.cat([p.matmul(x) for p in parts], -1)
+        if isinstance(format, gs.Int8 | gs.SparseInt8) and format.activations != "none":
+            assert torch.equal(whole.matmul(x), want)
+        else:
+            torch.testing.assert_close(whole.matmul(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_concat_refuses_what_differs() -> None:
+    one = part(gs.Int8(), 5)
+    for other in (part(gs.Int4(), 5), part(gs.Int8(), 5, k=301), part(gs.Int8("none"), 5)):
+        with pytest.raises(ValueError, match="only weights of one format and width can be one"):
+            one.concat([one, other])
+    static = part(gs.Int8(activations="static"), 5)
+    with pytest.raises(ValueError, match="inputs are quantized by other ranges"):
+        one.concat([static, static.with_range(-1.0, 1.0)])

@@ -1,15 +1,13 @@
-"""bench/fashion.py and bench/minilm_distil.py: tiny runs, on data that are made here."""
+"""bench/fashion*.py and bench/minilm_distil.py: tiny runs, on data that are made here."""
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
 import struct
 import sys
 import tarfile
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,13 +19,6 @@ import gossamer as gs
 from gossamer.tasks import minilm
 
 FASHION = ROOT / "bench" / "fashion.py"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Imports a script of bench/."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +54,16 @@ def test_every_row_of_fashion_is_trained_once_and_reported(clothes: Path, tmp_pa
     assert json.loads((tmp_path / "fashion.json").read_text())["rows"] == figures["rows"]
 
 
+def test_tuning_never_sees_the_test_images(clothes: Path, tmp_path: Path) -> None:
+    (clothes / "t10k-images-idx3-ubyte.gz").rename(tmp_path / "hidden.gz")
+    command = (sys.executable, FASHION, "--data", clothes, "--work", tmp_path / "work")
+    printed = output(*command, "--folder", tmp_path, "--images", "60", "--tune", "90")
+    kept = {path.stem for path in (tmp_path / "work" / "tuning").glob("*.json")}
+    assert "90, seed 100" in printed and kept == {"dense-100", "90-100"}
+    assert not (tmp_path / "fashion.md").exists()
+    (tmp_path / "hidden.gz").rename(clothes / "t10k-images-idx3-ubyte.gz")
+
+
 def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_path: Path) -> None:
     fashion = bench("fashion")
     data = (fashion.images("train", 64, clothes), fashion.images("test", 64, clothes))
@@ -71,24 +72,56 @@ def test_a_row_of_another_recipe_is_not_passed_off(bench, clothes: Path, tmp_pat
         fashion.Work(tmp_path, data, {"epochs": 1, "rate": 1e-4}).figures("dense", 0)
 
 
-def test_the_controls_are_what_they_say(bench) -> None:
-    fashion = bench("fashion")
-    torch.manual_seed(0)
-    model = torch.nn.Linear(64, 64)
-    pruner = fashion.RandomPruner(model, 0.5, "1x4", gs.Cubic(steps=4))
-    masks = []
-    for _ in range(5):
-        pruner.step()
-        masks.append(pruner.masks[""].clone())
-    assert pruner.sparsity == 0.5 and bool((model.weight == 0).eq(~masks[-1]).all())
-    assert all(bool((later <= earlier).all()) for earlier, later in pairwise(masks))
-    best = gs.Pruner(torch.nn.Linear(64, 64), 0.5, "1x4")
-    best.finish()
-    assert not torch.equal(best.masks[""], masks[-1])
+def test_a_small_resnet_is_trained_once_and_quantized(bench, clothes: Path, tmp_path: Path) -> None:
+    command = (sys.executable, ROOT / "bench" / "fashion_resnet.py", "--data", clothes)
+    command += ("--work", tmp_path / "work", "--folder", tmp_path, "--images", "64", "--seeds", "2")
+    output(*command)
+    first = json.loads((tmp_path / "fashion_resnet.json").read_text())
+    assert [len(row["each"]) for row in first["rows"].values()] == [2, 2, 2, 2]
+    assert first["rows"]["fp32"]["agreement"] == 100 and len(first["bars"]) == 3
+    assert all(name in (tmp_path / "fashion_resnet.md").read_text() for name in first["rows"])
+    output(*command)  # takes the weights, and their seconds, from the work folder
+    assert json.loads((tmp_path / "fashion_resnet.json").read_text()) == first
+    script = bench("fashion_resnet")
+    with pytest.raises(SystemExit, match=r"1.safetensors is of another recipe"):
+        data = script.images("train", 64, clothes)
+        script.trained(tmp_path / "work", 1, data, script.Recipe(epochs=2))
 
+
+def test_images_are_mirrored_and_moved_whole(bench) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 32, 32)
+    y = bench("fashion_resnet").augmented(x)
+    assert y.shape == x.shape and y.is_contiguous(memory_format=torch.channels_last)
+    inside = y[:, :, 4:-4, 4:-4]
+
+    def is_moved(source: torch.Tensor) -> torch.Tensor:
+        places = [(down, right) for down in range(2, 7) for right in range(2, 7)]
+        same = [inside == source[:, :, d : d + 24, r : r + 24] for d, r in places]
+        return torch.stack([found.flatten(1).all(1) for found in same]).any(0)
+
+    assert (is_moved(x) ^ is_moved(x.flip(3))).all() and is_moved(x).any() and not is_moved(x).all()
+
+
+def test_the_shuffled_teacher_gives_each_image_anothers_logits(bench) -> None:
+    rows = bench("fashion_rows")
+    torch.manual_seed(0)
     x = torch.arange(32.0).view(32, 1)
-    logits = fashion.Shuffled(torch.nn.Identity())(x)
+    logits = rows.Shuffled(torch.nn.Identity())(x)
     assert not torch.equal(logits, x) and torch.equal(logits.sort(0).values, x)
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.95, 0.98])
+def test_the_layers_lose_what_the_row_says(bench, sparsity: float) -> None:
+    rows = bench("fashion_rows")
+    model = rows.TextbookCNN()
+    pruner = gs.Pruner(model, rows.shares(model, sparsity, root=3.0), "1x4", scope="layer")
+    pruner.finish()
+    assert pruner.masks.keys() == {"conv1", "conv2", "fc1", "fc2"}
+    pruned = [(1 - mask.float().mean().item(), mask.numel()) for mask in pruner.masks.values()]
+    assert pruned[0][0] == pruned[3][0] == 0.0 and pruned[1][0] < sparsity < pruned[2][0]
+    zeros = sum(share * size for share, size in pruned[1:3])
+    assert zeros / sum(size for _, size in pruned[1:3]) == pytest.approx(sparsity, abs=1e-5)
 
 
 class Words:

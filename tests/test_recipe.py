@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def small(width, batch=16, die=0):
 
     rows = Rows(96, lambda chosen: (x[chosen], y[chosen]))
     return Task(lambda: mlp.MLP(width), rows.loader(batch), evaluate, (x[:4],))
+
+
+def normed():
+    """The same, with a norm in front."""
+    task = small(16)
+    return replace(task, model=lambda: nn.Sequential(nn.LayerNorm(64), task.model()))
 
 
 @pytest.fixture
@@ -154,6 +161,7 @@ def static():
         ("seed: 3", "seeds: 3", 2, "seeds: unknown key; did you mean seed?"),
         ("  sparsity: 0.75\n", "", 6, "prune.sparsity: is missing"),
         ("  sparsity: 0.75", "  sparsity: 1", 7, "less than 1, got 1"),
+        ("  sparsity: 0.75", "  sparsity: {fc1: 0.5, fc2: yes}", 7, "less than 1, got True"),
         ("AdamW", "Adamw", 5, "unknown optimizer 'Adamw': use "),
         ("lr: 1e-2}", "rate: 1e-2}", 5, "AdamW has no 'rate': it has lr, betas"),
         ("temperature: 2.0", "temperature: -1", 15, "temperature=-1 must be positive"),
@@ -166,6 +174,18 @@ def static():
         ),
         ("pack: {rounds: 3}", "", 18, "quantize: needs a stage pack"),
         ("pack: {rounds: 3}", "pack: {rounds: 3}\ntrain: {epochs: 1}", 23, "train is given twice"),
+        ("scheduler: {n", "cap: 2\n  scheduler: {n", 13, "distil.cap: unknown key"),
+        ("exclude: [fc3]", "cap: 2", 9, "prune.cap: should be less than or equal to 1, got 2"),
+        ("exclude: [fc3]", "score: wanda", 9, "prune.score: wanda needs prune.calibration"),
+        ("exclude: [fc3]", "schedule: {name: Polynomial, power: 0}", 9, "power=0 is not a posi"),
+        ("quantize:", "quantize:\n  gptq: true", 19, "gptq: needs quantize.calibration"),
+        ("quantize:", "quantize:\n  smooth: true", 19, "smooth: needs quantize.calibration"),
+        ("quantize:", "quantize:\n  qat: {clip: 1.0}", 19, "qat: how long? give epochs or ste"),
+        ("quantize:", "quantize:\n  qat: {epoch: 1}", 19, "qat.epoch: unknown key; did you m"),
+        (
+            *("quantize:", "quantize:\n  gptq: true\n  qat: {steps: 1}", 19),
+            "gptq: qat would train its rounding away",
+        ),
         ("seed: 3", "pack: {}", 3, "train: comes after pack: the order is train, prune"),
         ("seed: 3", "seed: [3", 3, "this is no YAML"),
     ],
@@ -191,6 +211,8 @@ def test_all_mistakes_are_named_at_once(write):
 @pytest.mark.parametrize(
     ("old", "new", "line", "sentence"),
     [
+        ("sparsity: 0.75", "sparsity: {fc9: 0.5}", 7, "pattern 'fc9' matches no layer"),
+        ("sparsity: 0.75", "sparsity: {fc1: 0.5}", 6, "a sparsity for each layer needs scope='l"),
         ("[fc3]", "[fc3, fc9]", 9, "pattern 'fc9' matches no layer; layers are: fc1, fc2, fc3"),
         ("    fc3: Int8", "    fc4: Int8", 20, "pattern 'fc4' matches no layer"),
         ("re:fc[12]", "re:fc[45]", 16, "matches no layer"),
@@ -232,6 +254,86 @@ def test_a_packed_model_may_be_timed_and_calibrated(write, tmp_path):
     path = write(f"task: {{name: test_recipe:small, width: 16}}\n{stages}\n")
     outcome = road.run(recipe.load(path), tmp_path / "run", progress=False)
     assert all(row.ms_before is not None for row in outcome.layers)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "score: wanda, scope: layer, calibration: {batches: 3}",
+        "score: sparsegpt, scope: layer, calibration: {}",
+        "score: taylor, cap: 0.6, epochs: 1, schedule: {name: Polynomial, power: 2}",
+        "score: random",
+    ],
+)
+def test_prune_knows_what_the_pruner_knows(write, tmp_path, how):
+    path = write(f"task: {{name: test_recipe:small, width: 16}}\nprune: {{sparsity: 0.5, {how}}}\n")
+    road.run(recipe.load(path), tmp_path / "run", progress=False)
+    weights = load_file(tmp_path / "run" / "prune.safetensors")
+    zeros = {n: (w == 0).float().mean().item() for n, w in weights.items() if w.dim() == 2}
+    for zero in zeros.values():
+        assert zero == pytest.approx(0.5, abs=0.005) or "scope" not in how
+        assert "cap" not in how or zero < 0.61
+    pruned = load_file(tmp_path / "run" / "prune.safetensors")["fc1.weight"] == 0
+    torch.manual_seed(0)
+    magnitude = mlp.MLP(16)
+    gs.prune_(magnitude, 0.5, scope="layer" if "layer" in how else "global")
+    assert not torch.equal(pruned, magnitude.fc1.weight == 0)
+
+
+def test_each_layer_may_have_a_sparsity_of_its_own(write, tmp_path):
+    prune = 'prune: {sparsity: {fc1: 0.75, "*": 0.5}, scope: layer, exclude: [fc3]}'
+    path = write(f"task: {{name: test_recipe:small, width: 16}}\n{prune}\n")
+    road.run(recipe.load(path), tmp_path / "run", progress=False)
+    weights = load_file(tmp_path / "run" / "prune.safetensors")
+    zeros = [(weights[f"fc{i}.weight"] == 0).float().mean().item() for i in (1, 2, 3)]
+    assert zeros == [0.75, 0.5, 0.0]
+
+
+def test_static_int8_is_trained_with_and_packs_to_what_was_trained(write, tmp_path):
+    text = (
+        "task: {name: test_recipe:small, width: 16}\n"
+        "prune: {sparsity: 0.75, pattern: 1x4, exclude: [fc3]}\n"
+        "quantize:\n  formats:\n    fc3: {name: Int8, activations: static}\n"
+        '    "*": {name: SparseInt8, activations: static}\n'
+        "  calibration: {batches: 2}\n  qat: {epochs: 2, optimizer: {name: Adam, lr: 1e-2}}\n"
+        "pack: {rounds: 1}\n"
+    )
+    document = recipe.load(write(text))
+    outcome = road.run(document, tmp_path / "run", progress=False)
+    assert len(outcome.histories["qat"].losses) == 12
+    assert outcome.scores["qat"] == outcome.scores["pack"]
+    assert {row.after for row in outcome.layers} == {
+        f"Linear {kind}(activations=static)" for kind in ("SparseInt8", "Int8")
+    }
+    before, after = (load_file(tmp_path / "run" / f"{n}.safetensors") for n in ("prune", "qat"))
+    assert not torch.equal(before["fc1.weight"], after["fc1.weight"])
+    assert torch.equal(before["fc1.weight"] == 0, after["fc1.weight"] == 0), "zeros stay"
+    assert re.search(r"quantize +\| +12 ", road.plan(document))
+    # What is trained is not trained again, and packs to the same bits.
+    first = load_file(tmp_path / "run" / "model.safetensors")
+    again = road.run(document, tmp_path / "run", resume=True, progress=False)
+    second = load_file(tmp_path / "run" / "model.safetensors")
+    assert again.scores == outcome.scores
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_smooth_and_gptq_make_another_model(write, tmp_path):
+    def packed(name, more):
+        keys = f"{{formats: Int8, calibration: {{batches: 2}}, {more}}}"
+        path = write(f"task: {name}\nquantize: {keys}\npack: {{rounds: 1}}\n")
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        road.run(recipe.load(path), folder, progress=False)
+        return load_file(folder / "model.safetensors")
+
+    plain = packed("test_recipe:normed", "gptq: false")
+    for more in ("gptq: true", "smooth: true, gptq: true"):
+        found = packed("test_recipe:normed", more)
+        assert found.keys() == plain.keys()
+        changed = {key for key in plain if not torch.equal(plain[key], found[key])}
+        assert any(key.startswith("1.fc1") for key in changed)
+        assert ("0.weight" in changed) == ("smooth" in more)
+    with pytest.raises(ValueError, match=r"my.yaml:2: quantize.smooth: MLP has no nn.LayerNorm"):
+        packed("{name: test_recipe:small, width: 16}", "smooth: true")
 
 
 def test_the_dry_run_trains_nothing(write, tmp_path):

@@ -57,7 +57,7 @@ typedef struct {
  * lies outside is clamped. The others do not read them.
  *
  * The channels of an image are innermost, or with planar outermost: (channels, height, width),
- * which convolutions of int8 weights take; or it is a blocked image of bytes, GOSSAMER_UINT8, of
+ * which convolutions of int8 and of fp32 sparse weights take; or it is a blocked image of bytes, GOSSAMER_UINT8, of
  * the scale and zero point given. */
 typedef struct {
   const void* data;

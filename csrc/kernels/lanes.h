@@ -34,25 +34,31 @@ static inline void each_chunk(const gossamer_index& w, Range chunks, int64_t col
   }
 }
 
-// A cell of 1x4 blocks against a panel of V vectors of words: two entries a turn, which dot() adds in
-// 16 bits.
+// sum += the 1x4 blocks of one output x a panel of V vectors of words: two entries a turn, which
+// dot() adds in 16 bits.
+template <int V>
+static inline void multiply_row(const int32_t* panel, int64_t length, const int8_t*& values,
+                                const uint8_t*& columns, I32 (&sum)[V]) {
+  constexpr int64_t kWidth = V * kLanes;
+  for (int64_t i = 0; i < length; i += 2, values += 8, columns += 2) {
+    const I32 w0 = set_word(values), w1 = set_word(values + 4);
+    const int32_t *x0 = panel + columns[0] * kWidth, *x1 = panel + columns[1] * kWidth;
+    for (int v = 0; v < V; ++v)
+      sum[v] = dot(sum[v], load(x0 + v * kLanes), w0, load(x1 + v * kLanes), w1);
+  }
+}
+
+// sums[output][V vectors] += a cell of 1x4 blocks x a panel.
 template <int V>
 static inline void multiply_blocks(const int32_t* panel, const gossamer_sparse_int8& w,
                                    const Cell& c, int32_t* sums) {
-  constexpr int64_t kWidth = V * kLanes;
   const int8_t* values = w.values + c.entry * 4;
   const uint8_t* columns = w.index.columns + c.entry;
   for (int64_t r = 0; r < c.count; ++r) {
-    int32_t* to = sums + c.rows[2 * r] * kWidth;
-    const int64_t length = c.rows[2 * r + 1];
+    int32_t* to = sums + c.rows[2 * r] * V * kLanes;
     I32 sum[V];
     for (int v = 0; v < V; ++v) sum[v] = load(to + v * kLanes);
-    for (int64_t i = 0; i < length; i += 2, values += 8, columns += 2) {
-      const I32 w0 = set_word(values), w1 = set_word(values + 4);
-      const int32_t *x0 = panel + columns[0] * kWidth, *x1 = panel + columns[1] * kWidth;
-      for (int v = 0; v < V; ++v)
-        sum[v] = dot(sum[v], load(x0 + v * kLanes), w0, load(x1 + v * kLanes), w1);
-    }
+    multiply_row(panel, c.rows[2 * r + 1], values, columns, sum);
     for (int v = 0; v < V; ++v) store(to + v * kLanes, sum[v]);
   }
 }

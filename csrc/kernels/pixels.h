@@ -13,6 +13,13 @@ constexpr int kMaxVectors = kMaxPixels / kLanes;
 
 static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
 
+static inline I32 load_some(const int32_t* p, int count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+static inline void store_some(int32_t* p, I32 words, int count) {
+  count == kLanes ? store(p, words) : store_first(p, words, count);
+}
+
 // Where the pixels of a tile find their words under a tap, a vector of them at a time.
 class Window {
  public:
@@ -52,18 +59,15 @@ class Window {
         min(min(y, sub(number(conv_.height - 1), y)), min(x, sub(number(conv_.width - 1), x)));
     const I32 inside = sub(set(-1), max(set(-1), min(room, set(0))));
     const I32 fill = mul(add(inside, set(1)), set(outside));
-    int32_t at[kLanes];
-    store(at, add(mul(y, number(conv_.width)), x));
+    const I32 at = add(mul(y, number(conv_.width)), x);
     if (joined_[v]) {
+      int32_t place[kLanes];
+      store(place, at);
       for (int64_t b = 0; b < blocks; ++b, image += plane)
-        take(b, add(load_where(image + at[0], inside), fill));
-      return;
-    }
-    int32_t is_inside[kLanes], words[kLanes];
-    store(is_inside, inside);
-    for (int64_t b = 0; b < blocks; ++b, image += plane) {
-      for (int i = 0; i < kLanes; ++i) words[i] = is_inside[i] ? image[at[i]] : outside;
-      take(b, load(words));
+        take(b, add(load_where(image + place[0], inside), fill));
+    } else {
+      for (int64_t b = 0; b < blocks; ++b, image += plane)
+        take(b, add(load_at(image, at, inside), fill));
     }
   }
 
@@ -106,6 +110,39 @@ struct Output {
   F32 operator()(I32 sum) const { return add(mul(to_f32(sub(sum, correction)), scale), bias); }
 };
 
+// Floats of one output to bytes of a blocked image. kResidual: adds bytes of another one first.
+// kClamped: no activation, or ReLU, which is a bound of the clamping that follows anyway: a scale is
+// positive.
+template <bool kResidual, bool kClamped>
+struct Requantize {
+  Quantize quantize;
+  F32 residual_scale;
+  I32 residual_zero;
+  gossamer_activation activation;
+
+  Requantize(const gossamer_blocked& y, gossamer_activation its_activation)
+      : quantize({y.scale, y.zero}),
+        residual_scale(set(y.residual_scale)),
+        residual_zero(set(y.residual_zero)),
+        activation(its_activation) {
+    if (kClamped && activation == GOSSAMER_RELU) quantize.first = set(0.0f);
+  }
+  I32 operator()(F32 value, I32 residual) const {
+    if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
+    return quantize(kClamped ? value : activate(value, activation));
+  }
+};
+
+// Calls body(kResidual, kClamped) with what a blocked result asks for, as types.
+template <typename Body>
+static inline void by_result(const gossamer_blocked& y, gossamer_activation activation, Body body) {
+  if (activation == GOSSAMER_NONE || activation == GOSSAMER_RELU) {
+    y.residual ? body(Int<1>(), Int<1>()) : body(Int<0>(), Int<1>());
+  } else {
+    y.residual ? body(Int<1>(), Int<0>()) : body(Int<0>(), Int<0>());
+  }
+}
+
 // Writes sums[output][width] of a range of outputs, which begins with a multiple of four.
 struct Epilogue {
   const ImageTile& x;
@@ -120,42 +157,42 @@ struct Epilogue {
     by_dtype(image.to.dtype, [&](auto type) { planar<decltype(type)>(sums, outputs); });
   }
 
- private:
   Output output(int64_t o) const {
     if (o >= n) return Output();
     return Output(x.affine, w_scale[o], wsum[o], image.to.bias ? image.to.bias[o] : 0);
   }
+
+ private:
   F32 activated(F32 value) const {
     return image.to.activation == GOSSAMER_NONE ? value : activate(value, image.to.activation);
   }
 
   void blocked(const int32_t* sums, Range outputs) const {
-    const gossamer_blocked& y = *image.blocked;
+    by_result(*image.blocked, image.to.activation, [&](auto residual, auto clamped) {
+      words<decltype(residual)::value, decltype(clamped)::value>(sums, outputs);
+    });
+  }
+
+  template <bool kResidual, bool kClamped>
+  void words(const int32_t* sums, Range outputs) const {
+    const Requantize<kResidual, kClamped> bytes(*image.blocked, image.to.activation);
     const int64_t width = width_of(x.pixels), plane = image.to.stride,
                   count = x.pixels.end - x.pixels.begin;
-    const Quantize quantize({y.scale, y.zero});
-    const F32 residual_scale = set(y.residual_scale);
-    const I32 residual_zero = set(y.residual_zero);
+    const auto* residual = reinterpret_cast<const int32_t*>(image.blocked->residual);
     for (int64_t o = outputs.begin; o < outputs.end; o += 4, sums += 4 * width) {
       const int64_t line = o / 4 * plane + x.pixels.begin;
       const Output each[4] = {output(o), output(o + 1), output(o + 2), output(o + 3)};
       for (int64_t p = 0; p < count; p += kLanes) {
         const int left = lanes_left(count, p);
-        F32 value[4];
-        for (int i = 0; i < 4; ++i) value[i] = each[i](load(sums + i * width + p));
-        if (y.residual) {
-          const auto* at = reinterpret_cast<const int32_t*>(y.residual) + line + p;
-          const I32 r = left == kLanes ? load(at) : load_first(at, left);
-          const auto plus = [&](F32& v, I32 byte) {
-            v = add(v, mul(to_f32(sub(byte, residual_zero)), residual_scale));
-          };
-          plus(value[0], unsigned_byte<0>(r)), plus(value[1], unsigned_byte<1>(r));
-          plus(value[2], unsigned_byte<2>(r)), plus(value[3], unsigned_byte<3>(r));
-        }
-        const auto byte = [&](int i) { return quantize(activated(value[i])); };
-        const I32 words = join_bytes(byte(0), byte(1), byte(2), byte(3));
-        auto* to = static_cast<int32_t*>(image.to.y) + line + p;
-        left == kLanes ? store(to, words) : store_first(to, words, left);
+        I32 r = set(0);
+        if (kResidual) r = load_some(residual + line + p, left);
+        const auto byte = [&](auto lane) {
+          constexpr int i = decltype(lane)::value;
+          return bytes(each[i](load(sums + i * width + p)), unsigned_byte(r, i));
+        };
+        store_some(static_cast<int32_t*>(image.to.y) + line + p,
+                   join_bytes(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()), byte(Int<3>())),
+                   left);
       }
     }
   }

@@ -1,11 +1,11 @@
 // spmm: y = act(x @ w^T + bias), w sparse without structure, all in fp32.
 //
-//   x      rows x k          float32, bfloat16 or float16; rows <= T
+//   x      rows x k          float32, bfloat16 or float16; rows <= T; or images, see pixels.h
 //   w      gossamer_sparse   blocks of 96 columns x chunks of about 512 outputs; the rows of a cell
 //                            sorted by length
 //   panel  [k][T] float      scratch: x transposed, rows in lanes
 //   sums   [chunk][T] float  scratch
-//   y      rows x n          see epilogue.h
+//   y      rows x n          see epilogue.h; or planes, see pixels.h
 //
 // One entry = one broadcast and T/8 multiply-adds whose operand comes from the panel: 8 independent
 // sums at T = 64 hide the latency of 4 at two a cycle. Narrower panels take R rows of equal length
@@ -19,9 +19,10 @@
 // Registers: 8 sums, a broadcast; the panel is a memory operand.
 // Tails: lanes past the last row hold zeros and are not written; outputs by the masked store.
 // Numerics: fp32, entries of a row in order, blocks in order: error <= k eps (|x| @ |w|^T), and the
-// same bits for any split over threads and any number of rows but one.
+// same bits for any split over threads and any number of rows but one; an image has the same bits in
+// either layout.
 
-#include "lanes.h"
+#include "planes.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
@@ -76,6 +77,10 @@ void chunks_of(const FloatTile& x, const gossamer_sparse& w, Range chunks, const
       w.index, chunks, w.index.k, kBlockFloats, sums, kWidth,
       [&](int64_t b, const Cell& c) { cell<V>(panel + b * kBlockFloats * kWidth, w, c, sums); },
       [&](Range outputs) {
+        if (to.plane) {
+          return write_planes(sums, kWidth, x.rows, w.index.n, outputs, to,
+                              [=](F32 sum, int64_t lane) { return add(sum, load(ill + lane)); });
+        }
         write_lanes(reinterpret_cast<const int32_t*>(sums), kWidth, x.rows, w.index.n, outputs, to,
                     [=](const Outputs&) {
                       return [=](I32 sum, int64_t row) { return add(as_f32(sum), set(ill[row])); };
@@ -99,21 +104,35 @@ void chunks_of_row(const gossamer_sparse& w, Range chunks, const Destination& to
       });
 }
 
+// A pixel whose line of the panel holds a NaN or an Inf is ill, see illness().
+template <int V>
+void illness_of_lanes(const float* panel, int64_t k, float* ill) {
+  F32 bad[V];
+  for (int v = 0; v < V; ++v) bad[v] = set(0.0f);
+  for (const float* end = panel + k * V * kLanes; panel != end; panel += V * kLanes)
+    for (int v = 0; v < V; ++v) bad[v] = muladd(load(panel + v * kLanes), set(0.0f), bad[v]);
+  for (int v = 0; v < V; ++v) store(ill + v * kLanes, bad[v]);
+}
+
 }  // namespace
 
 void spmm(const FloatTile& x, const gossamer_sparse& w, Range chunks, const Destination& to,
           void* scratch) {
   float* panel = static_cast<float*>(scratch);
   const int64_t lanes = lanes_for(x.rows, kMaxLanes), k = w.index.k;
-  float ill[kMaxLanes];
+  float ill[kMaxLanes + kLanes] = {};
   by_dtype(x.dtype, [&](auto type) {
     const auto* data = static_cast<const decltype(type)*>(x.x);
+    if (x.conv) return Pixels(x, lanes).pack(data, panel);
     for (int64_t r = 0; r < x.rows; ++r) ill[r] = illness(data + r * x.stride, k);
-    if (x.rows == 1) widen_row(data, k, panel);
+    x.rows == 1 ? widen_row(data, k, panel) : pack_floats(x, k, lanes, panel);
   });
-  if (x.rows == 1) return chunks_of_row(w, chunks, to, ill[0], panel, panel + k);
-  pack_floats(x, k, lanes, panel);
-  by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::value>(x, w, chunks, to, ill, panel); });
+  if (x.rows == 1 && !x.conv) return chunks_of_row(w, chunks, to, ill[0], panel, panel + k);
+  by_vectors(lanes, [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    if (x.conv) illness_of_lanes<V>(panel, k, ill);
+    chunks_of<V>(x, w, chunks, to, ill, panel);
+  });
 }
 
 }  // namespace GOSSAMER_ISA

@@ -28,8 +28,8 @@ void unblock(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels, 
           auto* at = to + i * pixels + p;
           left == kLanes ? store(at, value) : store_first(at, value, left);
         };
-        write(0, unsigned_byte<0>(four)), write(1, unsigned_byte<1>(four));
-        write(2, unsigned_byte<2>(four)), write(3, unsigned_byte<3>(four));
+        write(0, unsigned_byte(four, 0)), write(1, unsigned_byte(four, 1));
+        write(2, unsigned_byte(four, 2)), write(3, unsigned_byte(four, 3));
       }
     }
   });

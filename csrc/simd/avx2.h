@@ -98,6 +98,9 @@ static inline I32 load_first(const int32_t* p, int count) {
 static inline I32 load_where(const int32_t* p, I32 where) {
   return {_mm256_maskload_epi32(p, where.v)};
 }
+static inline I32 load_at(const int32_t* p, I32 at, I32 where) {
+  return {_mm256_mask_i32gather_epi32(_mm256_setzero_si256(), p, at.v, where.v, 4)};
+}
 static inline void store_first(int32_t* p, I32 a, int count) {
   _mm256_maskstore_epi32(p, first(count), a.v);
 }
@@ -119,6 +122,9 @@ static inline I32 set_word(const void* p) {
 }
 static inline I32 load_signed(const int8_t* p) {
   return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+static inline I32 load_unsigned(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
@@ -153,14 +159,15 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {_mm256_and_si256(_mm256_srli_epi32(a.v, 8 * kByte), _mm256_set1_epi32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  const __m128i bits = _mm_cvtsi32_si128(8 * byte);
+  return {_mm256_and_si256(_mm256_srl_epi32(a.v, bits), _mm256_set1_epi32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const __m256i low = _mm256_or_si256(a.v, _mm256_slli_epi32(b.v, 8)),
-                high = _mm256_or_si256(c.v, _mm256_slli_epi32(d.v, 8));
-  return {_mm256_or_si256(low, _mm256_slli_epi32(high, 16))};
+  const __m256i bytes =
+      _mm256_packus_epi16(_mm256_packs_epi32(a.v, b.v), _mm256_packs_epi32(c.v, d.v));
+  const __m128i each = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(each))};
 }
 static inline I32 max_bytes(I32 a, I32 b) { return {_mm256_max_epu8(a.v, b.v)}; }
 

@@ -90,6 +90,10 @@ static inline I32 load_first(const int32_t* p, int count) {
 static inline I32 load_where(const int32_t* p, I32 where) {
   return {_mm512_maskz_loadu_epi32(_mm512_movepi32_mask(where.v), p)};
 }
+static inline I32 load_at(const int32_t* p, I32 at, I32 where) {
+  return {_mm512_mask_i32gather_epi32(_mm512_setzero_si512(), _mm512_movepi32_mask(where.v), at.v,
+                                      p, 4)};
+}
 static inline void store(int32_t* p, I32 a) { _mm512_storeu_si512(p, a.v); }
 static inline void store_first(int32_t* p, I32 a, int count) {
   _mm512_mask_storeu_epi32(p, first(count), a.v);
@@ -105,6 +109,9 @@ static inline I32 set_word(const void* p) {
 }
 static inline I32 load_signed(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+static inline I32 load_unsigned(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
@@ -139,14 +146,15 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * kByte), _mm512_set1_epi32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  const __m128i bits = _mm_cvtsi32_si128(8 * byte);
+  return {_mm512_and_si512(_mm512_srl_epi32(a.v, bits), _mm512_set1_epi32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const __m512i low = _mm512_or_si512(a.v, _mm512_slli_epi32(b.v, 8)),
-                high = _mm512_or_si512(c.v, _mm512_slli_epi32(d.v, 8));
-  return {_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+  const __m512i bytes =
+      _mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
+  const __m128i each = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return {_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(each))};
 }
 static inline I32 max_bytes(I32 a, I32 b) { return {_mm512_max_epu8(a.v, b.v)}; }
 

@@ -109,6 +109,10 @@ static inline I32 load_first(const int32_t* p, int count) {
 static inline I32 load_where(const int32_t* p, I32 where) {
   return each<I32>([&](int i) { return where.v[i] ? p[i] : 0; });
 }
+// Likewise the words p[at].
+static inline I32 load_at(const int32_t* p, I32 at, I32 where) {
+  return each<I32>([&](int i) { return where.v[i] ? p[at.v[i]] : 0; });
+}
 static inline void store(int32_t* p, I32 a) { memcpy(p, a.v, sizeof a); }
 static inline void store_first(int32_t* p, I32 a, int count) {
   memcpy(p, a.v, static_cast<size_t>(count) * 4);
@@ -128,8 +132,11 @@ static inline I32 set_word(const void* p) {
   memcpy(&word, p, 4);
   return each<I32>([&](int) { return word; });
 }
-// kLanes signed bytes.
+// kLanes bytes.
 static inline I32 load_signed(const int8_t* p) {
+  return each<I32>([&](int i) { return p[i]; });
+}
+static inline I32 load_unsigned(const uint8_t* p) {
   return each<I32>([&](int i) { return p[i]; });
 }
 // Hint: the line at p is read soon.
@@ -204,15 +211,14 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return each<I32>([&](int i) { return int32_t(int8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * kByte)); });
+static inline I32 unsigned_byte(I32 a, int byte) {
+  return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * byte)); });
 }
-// The word of four lanes of 0..255, lowest byte first.
+// The word of four lanes, lowest byte first, each clamped to 0..255.
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const auto byte = [](int32_t x) { return uint32_t(x < 0 ? 0 : x > 255 ? 255 : x); };
   return each<I32>([&](int i) {
-    return int32_t(uint32_t(a.v[i]) | uint32_t(b.v[i]) << 8 | uint32_t(c.v[i]) << 16 |
-                   uint32_t(d.v[i]) << 24);
+    return int32_t(byte(a.v[i]) | byte(b.v[i]) << 8 | byte(c.v[i]) << 16 | byte(d.v[i]) << 24);
   });
 }
 // The larger of each two unsigned bytes.

@@ -62,11 +62,15 @@ static inline void store(Float16* p, F32 a) {
 static inline I32 load(const int32_t* p) { return {vld1q_s32(p)}; }
 static inline void store(int32_t* p, I32 a) { vst1q_s32(p, a.v); }
 // There are no masked loads and stores: through a buffer.
-static inline I32 load_where(const int32_t* p, I32 where) {
-  int32_t buffer[kLanes], wanted[kLanes];
-  store(wanted, where);
-  for (int i = 0; i < kLanes; ++i) buffer[i] = wanted[i] ? p[i] : 0;
+static inline I32 load_at(const int32_t* p, I32 at, I32 where) {
+  int32_t buffer[kLanes], places[kLanes], wanted[kLanes];
+  store(places, at), store(wanted, where);
+  for (int i = 0; i < kLanes; ++i) buffer[i] = wanted[i] ? p[places[i]] : 0;
   return load(buffer);
+}
+static inline I32 load_where(const int32_t* p, I32 where) {
+  constexpr int32_t kPlaces[kLanes] = {0, 1, 2, 3};
+  return load_at(p, load(kPlaces), where);
 }
 template <typename T>
 static inline auto load_first(const T* p, int count) {
@@ -98,6 +102,12 @@ static inline I32 load_signed(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, 4);
   return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))};
+}
+static inline I32 load_unsigned(const uint8_t* p) {
+  uint32_t four;
+  memcpy(&four, p, 4);
+  const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)))};
 }
 static inline I32 set_word(const void* p) {
   int32_t word;
@@ -137,14 +147,16 @@ template <int kByte>
 static inline I32 signed_byte(I32 a) {
   return {vshrq_n_s32(vshlq_n_s32(a.v, 24 - 8 * kByte), 24)};
 }
-template <int kByte>
-static inline I32 unsigned_byte(I32 a) {
-  return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * kByte)), vdupq_n_s32(255))};
+static inline I32 unsigned_byte(I32 a, int byte) {
+  return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * byte)), vdupq_n_s32(255))};
 }
 static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const int32x4_t low = vorrq_s32(a.v, vshlq_n_s32(b.v, 8)),
-                  high = vorrq_s32(c.v, vshlq_n_s32(d.v, 8));
-  return {vorrq_s32(low, vshlq_n_s32(high, 16))};
+  const auto pair = [](int32x4_t low, int32x4_t high) {
+    return vcombine_s16(vqmovn_s32(low), vqmovn_s32(high));
+  };
+  const uint8x16_t bytes = vcombine_u8(vqmovun_s16(pair(a.v, b.v)), vqmovun_s16(pair(c.v, d.v)));
+  constexpr uint8_t kEach[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  return {vreinterpretq_s32_u8(vqtbl1q_u8(bytes, vld1q_u8(kEach)))};
 }
 static inline I32 max_bytes(I32 a, I32 b) {
   return {vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(a.v), vreinterpretq_u8_s32(b.v)))};

@@ -2,7 +2,8 @@
 // on torch's threads.
 //
 // Every operator that multiplies takes either rows (..., k), or with `conv` an image (images,
-// channels, height, width) in channels_last memory (of int8 weights: contiguous too). conv lists kernel, stride, dilation (height,
+// channels, height, width) in channels_last memory; spmm and those of int8 weights take a contiguous
+// one too. conv lists kernel, stride, dilation (height,
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
 // instead of channels_last. x_affine, of products that quantize x, holds the (scale, zero point) to do
 // that by; None: each row's own.
@@ -121,10 +122,12 @@ void spmm(StableIValue* stack, uint64_t, uint64_t) {
   const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
   stack[0] = product(
-      x, {}, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+      x, {}, arguments, n,
+      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
-      });
+      },
+      true);
 }
 
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)

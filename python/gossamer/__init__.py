@@ -16,6 +16,7 @@ from gossamer.compare import Comparison, compare
 from gossamer.compress import compress_
 from gossamer.distill import Distiller
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
+from gossamer.fuse import fuse
 from gossamer.gptq import gptq_
 from gossamer.hints import Hint, Relation, SquareHead
 from gossamer.layers import Conv2d, Linear
@@ -59,6 +60,7 @@ __all__ = [
     "compare",
     "compress_",
     "fit",
+    "fuse",
     "gptq_",
     "integrations",
     "isa",

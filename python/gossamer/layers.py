@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer import ops
+from gossamer.dtypes import KeepsDtypes
 from gossamer.formats import Format
 from gossamer.geometry import PAD_MODES, conv_geometry, conv_matrix, conv_weight, pad_outside, pair
 from gossamer.observed import frozen, observed
@@ -76,7 +77,7 @@ def _checked_bias(bias: Tensor | None, n: int) -> Tensor | None:
     return bias.detach().float().clone()
 
 
-class _Layer(nn.Module):
+class _Layer(KeepsDtypes):
     """What both layers share: a packed weight, a bias and an activation."""
 
     packed: Packed
@@ -90,17 +91,23 @@ class _Layer(nn.Module):
             self.bias = nn.Parameter(own)
         else:
             self.register_buffer("bias", own)
-        self.activation = activation
+        self.activate_with(activation)
+
+    def activate_with(self, activation: str) -> None:
+        """From now on y = activation(x @ w^T + bias)."""
         self._activation = ops.activation_index(activation)
+        self.activation = activation
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # .half(), .bfloat16() and .double() convert a model's floats. Packed buffers keep their
-        # dtypes: kernels take inputs of any float dtype as they are.
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor
+    @torch.no_grad()
+    def scale_(self, factor: Tensor, shift: Tensor) -> None:
+        """y becomes y * factor + shift, an output each (n), before the activation.
 
-        return super()._apply(keep, recurse)
+        Raises:
+            ValueError: as `Packed.scaled`.
+        """
+        self.packed = self.packed.scaled(factor)
+        bias = shift if self.bias is None else self.bias.double() * factor + shift
+        self.bias = _checked_bias(bias, self.packed.n)
 
 
 class Linear(_Layer):
@@ -109,7 +116,7 @@ class Linear(_Layer):
     Args:
         packed: the weight, n outputs x k inputs.
         bias: (n) float, or None.
-        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+        activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype.
 
@@ -207,7 +214,7 @@ class Conv2d(_Layer):
         bias: (out_channels) float, or None.
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in
             `nn.Conv2d`.
-        activation: "none", "relu", "gelu" or "silu", fused into the kernel.
+        activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
     float32, bfloat16 or float16; the result has the same dtype and memory format.
@@ -289,6 +296,35 @@ class Conv2d(_Layer):
         self._check_size(batched)
         y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
         return y if x.dim() == 4 else y.squeeze(0)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether `convolve` works: static activations, and no padding but zeros."""
+        return self.packed.static and self._outside is None
+
+    def convolve(
+        self,
+        x: Tensor,
+        y_affine: Tensor,
+        residual: Tensor | None = None,
+        residual_affine: Tensor | None = None,
+    ) -> Tensor:
+        """activation(conv2d(x, w) + bias + residual), of 8-bit images and to one.
+
+        Args:
+            x: as `ops.block` makes it, quantized by the layer's own range.
+            y_affine: (2) float32, scale and zero point of the result.
+            residual, residual_affine: an image of the result's shape, and its scale and zero point.
+        """
+        if x.dim() != 5 or x.size(1) != -(-self.in_channels // 4):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: an 8-bit image of {self.in_channels} channels is "
+                f"(images, {-(-self.in_channels // 4)}, height, width, 4)"
+            )
+        self._check_size(x)
+        return self.packed.convolve(
+            x, self.bias, self._activation, [*self._conv, 1], y_affine, residual, residual_affine
+        )
 
     def _check_size(self, x: Tensor) -> None:
         kh, kw, _, _, dh, dw, top, bottom, left, right = self._conv

@@ -158,11 +158,11 @@ class Run:
                 if self.clip is not None:
                     self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.clip)
                 self.optimizer.step()
-                self.optimizer.zero_grad()
             if self.scheduler is not None and not self.accelerator.optimizer_step_was_skipped:
                 self.scheduler.step()
             if self.pruner is not None:
-                self.pruner.step()
+                self.pruner.step()  # it may rank by the gradients
+            self.optimizer.zero_grad()
             self.history.losses.append(mean)
             yield
 

@@ -63,9 +63,37 @@ def _refuse(x: Tensor) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}: use float32, bfloat16 or float16")
     raise RuntimeError(
-        f"x is on {x.device}, but this layer was packed for the CPU: move x with x.cpu(), or keep "
-        "the dense model on that device"
+        f"x is on {x.device}, but kernels are for CPUs and CUDA devices: move x with x.cpu(), or "
+        "keep the dense model on that device"
     )
+
+
+def _on_gpu(x: Tensor, weight: Tensor) -> bool:
+    """Which kernels are to run; RuntimeError if x and the weight are not in one place."""
+    if x.is_cpu and weight.is_cpu:
+        return False
+    if x.device != weight.device:
+        raise RuntimeError(
+            f"x is on {x.device} and the packed weight on {weight.device}: move x with "
+            f"x.to({str(weight.device)!r}), or the model with model.to({str(x.device)!r})"
+        )
+    return True
+
+
+def _gpu(device: torch.device) -> Any:
+    """The kernels of a GPU: Triton's, or of an old one what multiplies floats there."""
+    from gossamer import triton
+
+    return triton if triton.multiplies_bytes(device) else triton.older
+
+
+def _placed(bitmap: Tensor | None) -> Tensor:
+    if bitmap is None:
+        raise RuntimeError(
+            "the weight was packed for the CPU and its buffers were moved one by one: move the "
+            "whole layer with layer.cuda(), which makes the bitmap that a GPU reads"
+        )
+    return bitmap
 
 
 # An operator: torch.compile traces a backward that may never run, and this raises when it does run.
@@ -88,7 +116,8 @@ class _Inference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.shape = x.shape
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # so that y itself may be returned: of a view, relu_(y) would be refused
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -97,10 +126,10 @@ class _Inference(torch.autograd.Function):
 
 def _prepare(x: Tensor, conv: list[int] | None, any_layout: bool = False) -> Tensor:
     """x in memory that a kernel can walk, `any_layout` of images too; almost always x itself."""
-    if x.dtype not in _FLOATS or not x.is_cpu:
+    if x.dtype not in _FLOATS or not (x.is_cpu or x.is_cuda):
         _refuse(x)
     if conv is not None and not (any_layout and x.is_contiguous()):
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
     if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
         return x
     return x.contiguous()
@@ -122,7 +151,9 @@ def quantize_rows(x: Tensor, x_affine: Tensor | None = None) -> tuple[Tensor, Te
     Returns:
         q (..., k) uint8; scale (...) float32, NaN for a row with NaN or Inf; zero (...) int32.
     """
-    return _quantize_rows(_prepare(x, None).detach(), x_affine)
+    x = _prepare(x, None).detach()
+    run = _gpu(x.device).quantize_rows if _on_gpu(x, x) else _quantize_rows
+    return run(x, x_affine)
 
 
 def gemm_int8(
@@ -148,7 +179,8 @@ def gemm_int8(
             1 if the result is to be contiguous, 0 for channels_last.
     """
     x_ = _prepare(x, conv, any_layout=True)
-    return _finish(x, _gemm_int8(x_, panels, scale, wsum, x_affine, bias, k, activation, conv))
+    run = _gpu(x.device).gemm_int8 if _on_gpu(x, panels) else _gemm_int8
+    return _finish(x, run(x_, panels, scale, wsum, x_affine, bias, k, activation, conv))
 
 
 def gemm_w8(
@@ -161,7 +193,9 @@ def gemm_w8(
     conv: list[int] | None = None,
 ) -> Tensor:
     """y = act(x @ w^T + bias), w dense int8 in panels, x as it is. Arguments as in `gemm_int8`."""
-    return _finish(x, _gemm_w8(_prepare(x, conv), panels, scale, bias, k, activation, conv))
+    x_ = _prepare(x, conv)
+    run = _gpu(x.device).gemm_w8 if _on_gpu(x, panels) else _gemm_w8
+    return _finish(x, run(x_, panels, scale, bias, k, activation, conv))
 
 
 def gemm_int4(
@@ -180,7 +214,8 @@ def gemm_int4(
     Buffers: docs/formats.md, Int4. Other arguments as in `gemm_int8`.
     """
     x_ = _prepare(x, conv)
-    return _finish(x, _gemm_int4(x_, panels, group_scale, scale, wsum, bias, k, activation, conv))
+    run = _gpu(x.device).gemm_int4 if _on_gpu(x, panels) else _gemm_int4
+    return _finish(x, run(x_, panels, group_scale, scale, wsum, bias, k, activation, conv))
 
 
 def spmm(
@@ -194,10 +229,19 @@ def spmm(
     k: int,
     activation: int = 0,
     conv: list[int] | None = None,
+    bitmap: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse."""
-    x_ = _prepare(x, conv)
-    return _finish(x, _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv))
+    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse.
+
+    Images are read as they lie, contiguous or channels_last. A GPU reads `bitmap` in place of
+    columns, rows and cells.
+    """
+    x_ = _prepare(x, conv, any_layout=True)
+    if _on_gpu(x, values):
+        y = _gpu(x.device).spmm(x_, values, _placed(bitmap), n, bias, k, activation, conv)
+    else:
+        y = _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv)
+    return _finish(x, y)
 
 
 def spmm_int8(
@@ -213,11 +257,19 @@ def spmm_int8(
     k: int,
     activation: int = 0,
     conv: list[int] | None = None,
+    bitmap: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
+    """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8.
+
+    A GPU reads `bitmap` in place of columns, rows and cells.
+    """
     x_ = _prepare(x, conv, any_layout=True)
-    weight = (values, columns, rows, cells, scale, wsum)
-    return _finish(x, _spmm_int8(x_, *weight, x_affine, bias, k, activation, conv))
+    tail = (scale, wsum, x_affine, bias, k, activation, conv)
+    if _on_gpu(x, values):
+        y = _gpu(x.device).spmm_int8(x_, values, _placed(bitmap), *tail)
+    else:
+        y = _spmm_int8(x_, values, columns, rows, cells, *tail)
+    return _finish(x, y)
 
 
 def sddmm(
@@ -229,6 +281,7 @@ def sddmm(
     n: int,
     k: int,
     conv: list[int] | None = None,
+    bitmap: Tensor | None = None,
 ) -> Tensor:
     """dw[entry of output o, input i] = sum over rows of dy[row, o] * x[row, i]: float32 (entries).
 
@@ -237,11 +290,14 @@ def sddmm(
     Args:
         x: as in `spmm`.
         dy: (..., n), or with `conv` (images, n, out height, out width).
-        columns, rows, cells: the index of w, docs/formats.md, Sparse.
+        columns, rows, cells: the index of w, docs/formats.md, Sparse; on a GPU `bitmap`.
         n, k: the shape of w.
     """
     by_row = (dy if conv is None else dy.movedim(1, -1)).reshape(-1, n)
-    return _sddmm(_prepare(x, conv), _prepare(by_row, None), columns, rows, cells, n, k, conv)
+    x_, dy_ = _prepare(x, conv), _prepare(by_row, None)
+    if _on_gpu(x, columns):
+        return _gpu(x.device).sddmm(x_, dy_, _placed(bitmap), len(columns), n, k, conv)
+    return _sddmm(x_, dy_, columns, rows, cells, n, k, conv)
 
 
 def im2col(x: Tensor, conv: list[int]) -> Tensor:
@@ -251,7 +307,8 @@ def im2col(x: Tensor, conv: list[int]) -> Tensor:
         x: (images, channels, height, width) float32, bfloat16 or float16.
         conv: as in `gemm_int8`.
     """
-    return _im2col(_prepare(x, conv).detach(), conv)
+    x = _prepare(x, conv).detach()
+    return _gpu(x.device).im2col(x, conv) if _on_gpu(x, x) else _im2col(x, conv)
 
 
 # Blocked images: (images, ceil(channels / 4), height, width, 4) uint8, contiguous, with one affine,

@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,22 +95,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _quantize_dynamic(engine: str) -> Callable[[nn.Linear, Tensor], Call]:
-    """torch.ao.quantization.quantize_dynamic, whose kernels are those of `engine`."""
+def quantize_dynamic(model: nn.Module, engine: str = "fbgemm") -> nn.Module:
+    """A copy of the model with torch's own int8 layers, on the kernels of `engine`.
 
+    Raises:
+        ImportError: this torch has none.
+    """
+    try:
+        from torch.ao.quantization import quantize_dynamic
+    except ImportError as error:
+        raise ImportError(f"torch {torch.__version__} has no quantize_dynamic") from error
+    before = torch.backends.quantized.engine
+    try:
+        torch.backends.quantized.engine = engine
+        with warnings.catch_warnings():  # deprecated since torch 2.10, and still fast
+            warnings.simplefilter("ignore")
+            return quantize_dynamic(model, {nn.Linear})
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _quantized(engine: str) -> Callable[[nn.Linear, Tensor], Call]:
     def build(layer: nn.Linear, x: Tensor) -> Call:
-        try:
-            from torch.ao.quantization import quantize_dynamic
-        except ImportError as error:
-            raise ImportError(f"torch {torch.__version__} has no quantize_dynamic") from error
-        before = torch.backends.quantized.engine
-        try:
-            torch.backends.quantized.engine = engine
-            with warnings.catch_warnings():  # deprecated since torch 2.10, and still fast
-                warnings.simplefilter("ignore")
-                model = quantize_dynamic(nn.Sequential(layer), {nn.Linear})
-        finally:
-            torch.backends.quantized.engine = before
+        model = quantize_dynamic(nn.Sequential(layer), engine)
         return lambda: model(x)
 
     return build
@@ -152,7 +159,11 @@ def _onnx_model(layer: nn.Linear, x: Tensor) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
 
 
-def _run_onnx(model: bytes, x: Tensor) -> Call:
+def run_onnx(model: bytes, x: Tensor) -> Call:
+    """A call that runs an ONNX model, whose input is named "x", in ONNX Runtime.
+
+    It uses as many threads as torch does now.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -163,7 +174,7 @@ def _run_onnx(model: bytes, x: Tensor) -> Call:
 
 
 def _onnxruntime(layer: nn.Linear, x: Tensor) -> Call:
-    return _run_onnx(_onnx_model(layer, x).SerializeToString(), x)
+    return run_onnx(_onnx_model(layer, x).SerializeToString(), x)
 
 
 def _onnxruntime_int8(layer: nn.Linear, x: Tensor) -> Call:
@@ -174,7 +185,7 @@ def _onnxruntime_int8(layer: nn.Linear, x: Tensor) -> Call:
         path = Path(folder, "int8.onnx")
         model = _onnx_model(layer, x)
         quantize_dynamic(model, path, weight_type=QuantType.QInt8, per_channel=True)
-        return _run_onnx(path.read_bytes(), x)
+        return run_onnx(path.read_bytes(), x)
 
 
 @contextmanager
@@ -190,7 +201,7 @@ def _no_warnings() -> Iterator[None]:
 def _openvino(layer: nn.Linear, x: Tensor) -> Call:
     from openvino import opset13 as ops
 
-    return _compile(ops.constant(layer.weight.detach().numpy()), layer, x, {})
+    return _matmul(ops.constant(layer.weight.detach().numpy()), layer, x, {})
 
 
 def _openvino_int8(layer: nn.Linear, x: Tensor) -> Call:
@@ -203,16 +214,24 @@ def _openvino_int8(layer: nn.Linear, x: Tensor) -> Call:
     quantized = ops.constant((weight / scale).round().to(torch.int8).numpy())
     restored = ops.multiply(ops.convert(quantized, openvino.Type.f32), ops.constant(scale.numpy()))
     group = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": layer.in_features}
-    return _compile(restored, layer, x, group)
+    return _matmul(restored, layer, x, group)
 
 
-def _compile(weight: Any, layer: nn.Linear, x: Tensor, options: dict[str, Any]) -> Call:
+def _matmul(weight: Any, layer: nn.Linear, x: Tensor, options: dict[str, Any]) -> Call:
     import openvino
     from openvino import opset13 as ops
 
     rows = ops.parameter(list(x.shape), openvino.Type.f32)
     product = ops.matmul(rows, weight, False, True)
     y = ops.add(product, ops.constant(layer.bias.detach().numpy()))
+    model = openvino.Model([y], [rows], "linear")
+    return run_openvino(compile_openvino(model, options), x)
+
+
+def compile_openvino(model: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """An OpenVINO model compiled for the CPU, on as many threads as torch uses now."""
+    import openvino
+
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
@@ -220,8 +239,12 @@ def _compile(weight: Any, layer: nn.Linear, x: Tensor, options: dict[str, Any]) 
         "INFERENCE_PRECISION_HINT": "f32",  # else bf16 where the CPU has it
         "ENABLE_CPU_PINNING": False,
     }
-    model = openvino.Model([y], [rows], "linear")
-    request = openvino.Core().compile_model(model, "CPU", settings | options).create_infer_request()
+    return openvino.Core().compile_model(model, "CPU", {**settings, **(options or {})})
+
+
+def run_openvino(compiled: Any, x: Tensor) -> Call:
+    """A call that runs a compiled OpenVINO model of one input and one output."""
+    request = compiled.create_infer_request()
 
     def call() -> Tensor:
         outputs = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
@@ -234,8 +257,8 @@ _ONNX = ("onnx", "onnxruntime")
 _OPENVINO = ("openvino",)
 
 PEERS: dict[str, Peer] = {
-    "fbgemm": Peer(_quantize_dynamic("fbgemm"), 1, 0.1, integer=True),
-    "onednn": Peer(_quantize_dynamic("onednn"), 1, 0.1, integer=True),
+    "fbgemm": Peer(_quantized("fbgemm"), 1, 0.1, integer=True),
+    "onednn": Peer(_quantized("onednn"), 1, 0.1, integer=True),
     "torch.sparse": Peer(_torch_sparse, 8, 1e-5, pruned=True),
     "ort": Peer(_onnxruntime, 4, 1e-5, needs=_ONNX),
     "ort-int8": Peer(_onnxruntime_int8, 1, 0.1, integer=True, needs=_ONNX),

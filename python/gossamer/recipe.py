@@ -9,25 +9,30 @@ import difflib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
-from . import distill
 from .calibrate import OBSERVERS
-from .formats import FORMATS
+from .calls import Call, losses, named, optimizers, schedulers, schedules
+from .formats import FORMATS, Format
 from .layers import LAYERS
 from .patterns import select
-from .schedules import Cubic, OneShot
 
 try:
     import yaml
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+    )
 except ImportError as error:
     raise ImportError(
         f"{error.name} is missing, recipes are read with it: "
@@ -40,89 +45,24 @@ Key = tuple[str | int, ...]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Call:
-    """A name out of a table and arguments: `Adam`, or `{name: Adam, lr: 0.001}`."""
-
-    cls: Any
-    arguments: Mapping[str, Any]
-
-    def __call__(self, *first: Any, **more: Any) -> Any:
-        """The object; the arguments of the file win over `more`."""
-        return self.cls(*first, **{**more, **self.arguments})
-
-    def lacks(self, name: str) -> bool:
-        """The class takes this argument, and the file does not give it."""
-        return name in inspect.signature(self.cls).parameters and name not in self.arguments
-
-
-def _losses(base: Any = distill.Loss) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for cls in base.__subclasses__():
-        found |= {cls.__name__: cls} if not cls.__name__.startswith("_") else {}
-        found |= _losses(cls)
-    return found
-
-
-def _named(what: str, table: Callable[[], Mapping[str, Any]], skipped: int = 0) -> BeforeValidator:
-    """Makes a `Call` of what a file says; `skipped` arguments of the class are not the file's."""
-
-    def read(value: Any) -> Call:
-        value = {"name": value} if isinstance(value, str) else value
-        if isinstance(value, Call):
-            return value
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise ValueError(f"give the name of a {what}, or a mapping with name and arguments")
-        arguments, names = {k: v for k, v in value.items() if k != "name"}, table()
-        if (name := value["name"]) not in names:
-            raise ValueError(f"unknown {what} {name!r}: use {', '.join(sorted(names))}")
-        parameters = list(inspect.signature(names[name]).parameters)[skipped:]
-        for key in arguments:
-            if key not in parameters:
-                raise ValueError(f"{name} has no {key!r}: it has {', '.join(parameters)}")
-        call = Call(names[name], arguments)
-        if what in ("schedule", "loss", "format") and not call.lacks("steps"):
-            try:
-                call()
-            except TypeError as error:
-                raise ValueError(f"{name}: {error}") from error
-        return call
-
-    return BeforeValidator(read)
-
-
-def _classes(module: Any, base: Any) -> dict[str, Any]:
-    return {
-        name: cls
-        for name, cls in vars(module).items()
-        if inspect.isclass(cls) and issubclass(cls, base) and cls is not base and name[0] != "_"
-    }
-
-
-def _schedules() -> dict[str, Any]:
-    return {cls.__name__: cls for cls in (OneShot, Cubic)}
-
-
-def _optimizers() -> dict[str, Any]:
-    return _classes(torch.optim, torch.optim.Optimizer)
-
-
-def _schedulers() -> dict[str, Any]:
-    found = _classes(torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
-    # It asks for a score at each step, which nothing here has.
-    return {name: cls for name, cls in found.items() if name != "ReduceLROnPlateau"}
-
-
-Optimizer = Annotated[Call, _named("optimizer", _optimizers, skipped=1)]
-Scheduler = Annotated[Call, _named("scheduler", _schedulers, skipped=1)]
-Schedule = Annotated[Call, _named("schedule", _schedules)]
-Loss = Annotated[Call, _named("loss", _losses)]
-FormatCall = Annotated[Call, _named("format", lambda: FORMATS)]
+Optimizer = Annotated[Call, BeforeValidator(named("optimizer", optimizers, skipped=1))]
+Scheduler = Annotated[Call, BeforeValidator(named("scheduler", schedulers, skipped=1))]
+Schedule = Annotated[Call, BeforeValidator(named("schedule", schedules))]
+Loss = Annotated[Call, BeforeValidator(named("loss", losses))]
+FormatCall = Annotated[Call, BeforeValidator(named("format", lambda: FORMATS))]
 
 
 def _by_pattern(value: Any) -> Any:
     """One format for all layers is the pattern `*`."""
     return {"*": value} if isinstance(value, str) or "name" in (value or {}) else value
+
+
+def _shares(value: Any) -> Any:
+    """A share, or patterns of layers to shares."""
+    for share in value.values() if isinstance(value, dict) else [value]:
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise ValueError(f"should be a number from 0 to less than 1, got {share!r}")
+    return value
 
 
 def _one_task(value: Any) -> Any:
@@ -166,13 +106,25 @@ class Train(Training):
     """The dense model on labels; without this stage the task's model is taken as it is."""
 
 
+class Calibration(_Part):
+    """Batches whose inputs of each layer are observed."""
+
+    batches: int = Field(16, ge=1, description="of the task's training batches")
+    observer: Literal[OBSERVERS] = Field("minmax", description="how a range is found")  # type: ignore[valid-type]
+
+
 class Prune(Training):
     """Zeros. With epochs it trains on labels meanwhile; without, during distil, or all at once."""
 
-    sparsity: float = Field(ge=0, lt=1, description="share of the weights that go")
+    sparsity: Annotated[Any, AfterValidator(_shares)] = Field(
+        description="share of the weights that go; or of each layer, by pattern"
+    )
     pattern: str = Field("unstructured", description="of zeros, as gs.Pruner knows it")
     scope: str = Field("global", description="of the ranking, as gs.Pruner knows it")
     exclude: list[str] = Field([], description="patterns of layers to leave alone")
+    score: str = Field("magnitude", description="of a weight, as gs.Pruner knows it")
+    cap: float | None = Field(None, gt=0, le=1, description="largest share of one layer that goes")
+    calibration: Calibration | None = Field(None, description="needed by wanda and sparsegpt")
     schedule: Schedule = Field(
         "Cubic", validate_default=True, description="default over two thirds of the steps"
     )
@@ -186,20 +138,22 @@ class Distil(Training):
     teacher_format: FormatCall | None = Field(None, description="pack the teacher, for speed")
 
 
-class Calibration(_Part):
-    """Batches whose statistics static quantization takes its ranges from."""
-
-    batches: int = Field(16, ge=1, description="of the task's training batches")
-    observer: Literal[OBSERVERS] = Field("minmax", description="how a range is found")  # type: ignore[valid-type]
-
-
 class Quantize(_Part):
     """The format of each layer."""
 
     formats: Annotated[dict[str, FormatCall | None], BeforeValidator(_by_pattern)] = Field(
         description="a format, or patterns of layers to formats; null leaves a layer alone"
     )
-    calibration: Calibration | None = Field(None, description="needed by activations: static")
+    calibration: Calibration | None = Field(
+        None, description="needed by activations: static, smooth and gptq"
+    )
+    smooth: bool = Field(False, description="outliers go into the weights, by gs.smooth_")
+    gptq: bool = Field(False, description="weights are rounded by gs.gptq_")
+    qat: Training | None = Field(None, description="train on labels as int8, by gs.qat_")
+
+    def made(self) -> dict[str, Format | None]:
+        """The formats by pattern."""
+        return {pattern: call() if call else None for pattern, call in self.formats.items()}
 
 
 class Pack(_Part):
@@ -275,21 +229,38 @@ class Document:
         if not present:
             raise self.error((), f"the recipe has no stage: give some of {', '.join(STAGES)}")
         for name in ("train", "prune", "distil"):
-            stage = getattr(recipe, name)
-            if stage is None:
-                continue
-            if stage.epochs is not None and stage.steps is not None:
-                raise self.error((name, "steps"), "epochs are given too: give one of them")
-            if not stage.trains and name != "prune":
-                raise self.error((name,), "how long? give epochs or steps")
+            self._check_length((name,), getattr(recipe, name), needed=name != "prune")
         for name, other in (("quantize", "pack"), ("pack", "quantize")):
             if getattr(recipe, name) and not getattr(recipe, other):
                 raise self.error((name,), f"needs a stage {other}: with defaults, `{other}: {{}}`")
-        if recipe.quantize and recipe.quantize.calibration is None:
-            for pattern, call in recipe.quantize.formats.items():
+        if recipe.quantize:
+            self._check_quantize(recipe.quantize)
+        prune = recipe.prune
+        if prune and prune.score in ("wanda", "sparsegpt") and prune.calibration is None:
+            raise self.error(("prune", "score"), f"{prune.score} needs prune.calibration")
+        if prune and prune.score == "taylor" and not (prune.trains or recipe.distil):
+            raise self.error(("prune", "score"), "taylor needs gradients: give prune.epochs")
+
+    def _check_quantize(self, stage: Quantize) -> None:
+        if stage.gptq and stage.qat:
+            raise self.error(("quantize", "gptq"), "qat would train its rounding away: drop one")
+        self._check_length(("quantize", "qat"), stage.qat)
+        if stage.calibration is None:
+            for name in ("smooth", "gptq"):
+                if getattr(stage, name):
+                    raise self.error(("quantize", name), "needs quantize.calibration")
+            for pattern, call in stage.formats.items():
                 if call and call.arguments.get("activations") == "static":
                     key = ("quantize", "formats", pattern)
                     raise self.error(key, "static activations need quantize.calibration")
+
+    def _check_length(self, key: Key, stage: Training | None, needed: bool = True) -> None:
+        if stage is None:
+            return
+        if stage.epochs is not None and stage.steps is not None:
+            raise self.error((*key, "steps"), "epochs are given too: give one of them")
+        if needed and not stage.trains:
+            raise self.error(key, "how long? give epochs or steps")
 
     def check_layers(self, model: nn.Module) -> None:
         """Holds the patterns of the recipe against the layers of a model.
@@ -301,9 +272,11 @@ class Document:
         modules = [(name, module) for name, module in model.named_modules() if name]
         layers = [name for name, module in modules if type(module) in LAYERS]
         excluded = recipe.prune.exclude if recipe.prune else []
+        shares = recipe.prune.sparsity if recipe.prune else None
         formats = recipe.quantize.formats if recipe.quantize else {}
         patterns: list[tuple[Key, str]] = [
             *((("prune", "exclude", index), pattern) for index, pattern in enumerate(excluded)),
+            *((("prune", "sparsity", p), p) for p in (shares if isinstance(shares, dict) else ())),
             *((("quantize", "formats", pattern), pattern) for pattern in formats),
         ]
         for key, pattern in patterns:

@@ -21,16 +21,20 @@ from torch import nn
 
 from .bench import machine
 from .calibrate import calibrate
+from .calls import Call
 from .checkpoint import load_, save
 from .compare import Comparison, compare
 from .compress import compress_
 from .distill import Distiller
+from .gptq import gptq_
 from .loop import History
 from .prune import Pruner
-from .recipe import STAGES, Call, Document, Pack, Quantize, Training
+from .qat import qat_
+from .recipe import STAGES, Calibration, Document, Key, Pack, Quantize, Training
 from .report import Report, render
 from .resume import replace_text, require_same
 from .schedules import OneShot
+from .smooth import smooth_
 from .tasks import Task, make
 from .timing import eval_mode, forward, threads
 from .train import fit
@@ -91,7 +95,8 @@ def plan(document: Document) -> str:
     for name in STAGES:
         stage = getattr(document.recipe, name)
         if stage is not None:
-            steps = str(road.steps(stage)) if isinstance(stage, Training) and stage.trains else ""
+            part = stage.qat if isinstance(stage, Quantize) else stage
+            steps = str(road.steps(part)) if isinstance(part, Training) and part.trains else ""
             keys = ", ".join(key for key in document.data[name] or {})
             rows.append([name, steps, keys])
     return render(["stage", ">steps", "says"], rows)
@@ -161,7 +166,8 @@ class _Road:
         if distil is not None:
             model = self._stage("distil", model, lambda m: self._distil(m, dense))
         if recipe.quantize and recipe.pack:
-            self._pack(recipe.quantize, recipe.pack, model, dense)
+            ready = self._quantize(recipe.quantize, copy.deepcopy(model))
+            self._pack(recipe.quantize, recipe.pack, ready, dense)
         return self.outcome
 
     def steps(self, stage: Training) -> int:
@@ -193,12 +199,13 @@ class _Road:
             self.outcome.scores[name] = float(self.task.evaluate(model))
 
     def _fit(self, name: str, stage: Training, model: nn.Module, **parts: Any) -> History:
-        optimizer = self._made((name, "optimizer"), stage.optimizer, model.parameters())
+        key: Key = ("quantize", name) if name == "qat" else (name,)
+        optimizer = self._made((*key, "optimizer"), stage.optimizer, model.parameters())
         scheduler = None
         if stage.scheduler is not None:
             ends = ("total_steps", "T_max", "total_iters")
             total = {key: self.steps(stage) for key in ends if stage.scheduler.lacks(key)}
-            scheduler = self._made((name, "scheduler"), stage.scheduler, optimizer, **total)
+            scheduler = self._made((*key, "scheduler"), stage.scheduler, optimizer, **total)
         if "distiller" not in parts:
             parts["loss"] = self.task.loss
         return fit(
@@ -218,7 +225,7 @@ class _Road:
             **parts,
         )
 
-    def _made(self, key: tuple[str, str], call: Call, *first: Any, **more: Any) -> Any:
+    def _made(self, key: Key, call: Call, *first: Any, **more: Any) -> Any:
         try:
             return self.document.attempt(key, call, *first, **more)
         except TypeError as error:
@@ -233,8 +240,11 @@ class _Road:
             lacks = prune.schedule.lacks("steps")
             steps = {"steps": max(1, round(PRUNING * self.steps(stage)))} if lacks else {}
             schedule = self._made(("prune", "schedule"), prune.schedule, **steps)
+        if prune.calibration is not None:
+            self._calibrate(model, prune.calibration, hessian=prune.score == "sparsegpt")
         settings = (prune.sparsity, prune.pattern, schedule, prune.scope, prune.exclude)
-        return self.document.attempt(("prune",), Pruner, model, *settings)
+        more = {"score": prune.score, "cap": prune.cap}
+        return self.document.attempt(("prune",), Pruner, model, *settings, **more)
 
     def _prune(self, model: nn.Module) -> History:
         prune = self.document.recipe.prune
@@ -264,18 +274,37 @@ class _Road:
             parts["pruner"].finish()
         return history
 
-    def _pack(self, quantize: Quantize, pack: Pack, model: nn.Module, dense: nn.Module) -> None:
-        task, packed = self.task, copy.deepcopy(model)
+    def _quantize(self, quantize: Quantize, model: nn.Module) -> nn.Module:
+        """The model, in place, as it is to be packed."""
+        recipe, attempt = self.document.recipe, self.document.attempt
+        parts: dict[str, Any] = {}
+        if quantize.qat is not None and recipe.prune is not None:
+            # Made before the layers are prepared, as it knows plain ones only.
+            parts["pruner"] = self._pruner(model, None)
         if (calibration := quantize.calibration) is not None:
-            torch.manual_seed(self.document.recipe.seed)
-            batches = islice(task.train, calibration.batches)
-            with eval_mode(packed), calibrate(packed, observer=calibration.observer):
-                for inputs, _ in batches:
-                    forward(packed, inputs)
-        formats = {pattern: call() if call else None for pattern, call in quantize.formats.items()}
+            self._calibrate(model, calibration, quantize.gptq)
+            if quantize.smooth:
+                attempt(("quantize", "smooth"), smooth_, model, self.task.example_inputs)
+                self._calibrate(model, calibration, quantize.gptq)
+        formats = quantize.made()
+        if quantize.gptq:
+            attempt(("quantize", "gptq"), gptq_, model, formats)
+        if (qat := quantize.qat) is not None:
+            attempt(("quantize", "qat"), qat_, model, formats)
+            model = self._stage("qat", model, lambda m: self._fit("qat", qat, m, **parts))
+        return model
+
+    def _calibrate(self, model: nn.Module, calibration: Calibration, hessian: bool) -> None:
+        torch.manual_seed(self.document.recipe.seed)
+        with eval_mode(model), calibrate(model, hessian=hessian, observer=calibration.observer):
+            for inputs, _ in islice(self.task.train, calibration.batches):
+                forward(model, inputs)
+
+    def _pack(self, quantize: Quantize, pack: Pack, packed: nn.Module, dense: nn.Module) -> None:
+        task = self.task
         example = task.example_inputs if pack.timed else None
         self.outcome.layers = self.document.attempt(
-            ("quantize", "formats"), compress_, packed, formats, example_inputs=example
+            ("quantize", "formats"), compress_, packed, quantize.made(), example_inputs=example
         )
         save(packed, self.folder / MODEL)
         loaded = load_(task.model(), self.folder / MODEL).eval()

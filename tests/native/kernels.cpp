@@ -148,6 +148,13 @@ void check_kernels(const Product& product) {
       if (runs_here(table.kernels)) Run(table.kernels, product, side).all();
 }
 
+std::vector<const Kernels*> tables_here() {
+  std::vector<const Kernels*> tables;
+  for (const Table& table : kTables)
+    if (runs_here(table.kernels)) tables.push_back(&table.kernels);
+  return tables;
+}
+
 void check_contracts() {
   for (const Table& table : kTables) {
     if (!runs_here(table.kernels)) continue;

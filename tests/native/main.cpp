@@ -62,12 +62,12 @@ int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
 }
 
 std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands& operands,
-                         Side side, gossamer_parallel_for parallel_for) {
-  const Guarded<char> x(p.encoded_x(), side);
+                         Side side, gossamer_parallel_for parallel_for, bool planes = false) {
+  const Guarded<char> x(p.encoded_x(planes), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
   const gossamer_input input{x.data(), p.dtype,       p.x.rows,     p.x.k + p.gap,
-                             p.conv,   p.given.scale, p.given.zero, 0};
+                             p.conv,   p.given.scale, p.given.zero, planes};
   const gossamer_output output{y.data(),    p.weight.n + p.gap, p.planar,
                                bias.data(), p.activation,       nullptr};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
@@ -76,6 +76,12 @@ std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands
 
 // Of all int8 results, FNV-1a: the same number on every CPU, emulated or not.
 uint64_t int8_bits = 0xcbf29ce484222325;
+
+template <typename Byte>
+void add_bits(const std::vector<Byte>& bytes) {
+  for (const Byte byte : bytes)
+    int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
+}
 
 void check_products(const Product& p) {
   const Operands operands[] = {{p.weight, Side::kEnd}, {p.weight, Side::kBegin}};
@@ -94,13 +100,15 @@ void check_products(const Product& p) {
       compare(p, reference, y, what);
       require(y == result(p, arithmetic, operands[1], Side::kBegin, backwards),
               what + ": another split, other bits");
+      for (const Side side : kSides)
+        if (p.conv && arithmetic == Arithmetic::kSparse)
+          require(y == result(p, arithmetic, operands[0], side, backwards, true),
+                  what + ": planar images, other bits");
       if (integers(arithmetic) && !first.empty())
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
     }
-    for (const char byte : first)
-      if (integers(arithmetic))
-        int8_bits = (int8_bits ^ static_cast<uint8_t>(byte)) * 0x100000001b3;
+    if (integers(arithmetic)) add_bits(first);
   }
 }
 
@@ -161,7 +169,7 @@ int64_t check_shapes(std::mt19937& random) {
                     weight,
                     random_bias(s.n, random),
                     static_cast<gossamer_dtype>(checked % 3),
-                    static_cast<gossamer_activation>(checked % 4),
+                    static_cast<gossamer_activation>(checked % 6),
                     false,
                     checked % 2 * 3};
     for (const Product& product : {p, p.with_a_range()}) {
@@ -189,11 +197,12 @@ int64_t check_convolutions(std::mt19937& random) {
                       weight,
                       random_bias(n, random),
                       static_cast<gossamer_dtype>(checked % 3),
-                      static_cast<gossamer_activation>(checked % 4),
+                      static_cast<gossamer_activation>(checked % 6),
                       planar,
                       0};
       check_products(p);
       check_products(p.with_a_range());
+      add_bits(check_images(p.with_a_range(), backwards));
       if (!planar) check_im2col(p);
       if (!planar) check_gradient(p, backwards, random);
       ++checked;

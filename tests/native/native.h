@@ -57,13 +57,18 @@ struct Product {
     const int64_t plane = conv->out_h * conv->out_w;
     return (line / plane * weight.n + o) * plane + line % plane;
   }
-  std::vector<char> encoded_x() const {
+  // With planes: the channels of an image are its planes, instead of innermost.
+  std::vector<char> encoded_x(bool planes = false) const {
     const int64_t length = x.k, stride = length + (conv ? 0 : gap);
     const int64_t count = conv ? x.rows * length : extent(x.rows, length);
+    const auto place = [&](int64_t i) {
+      const int64_t channels = planes ? conv->channels : length;
+      return i % channels * (length / channels) + i / channels;
+    };
     std::vector<char> bytes(static_cast<size_t>(count * size_of(dtype)), 0x7f);
     for (int64_t r = 0; r < x.rows; ++r)
       for (int64_t i = 0; i < length; ++i)
-        encode(x.at(r, i), dtype, &bytes[size_t((r * stride + i) * size_of(dtype))]);
+        encode(x.at(r, i), dtype, &bytes[size_t((r * stride + place(i)) * size_of(dtype))]);
     return bytes;
   }
   std::vector<Expected> reference(Arithmetic arithmetic) const {
@@ -103,11 +108,15 @@ inline void compare(const Product& p, const std::vector<Expected>& reference,
 
 // kernels.cpp: the kernels alone, with guarded scratch; the functions that they are made of.
 void check_kernels(const Product& product);
+// The tables that this CPU can run.
+std::vector<const gossamer::Kernels*> tables_here();
 void check_contracts();
 // gradient.cpp: sddmm, through the C ABI and as a kernel alone.
 void check_gradient_kernel(const gossamer::Kernels& table, const Product& product,
                            const Operands& operands, Side side);
 void check_gradient(const Product& product, gossamer_parallel_for parallel_for,
                     std::mt19937& random);
+// images.cpp: blocked images; the bytes of all results.
+std::vector<uint8_t> check_images(const Product& product, gossamer_parallel_for parallel_for);
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);

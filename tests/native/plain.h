@@ -120,6 +120,10 @@ inline double activated(double y, gossamer_activation activation) {
       return y * 0.5 * (1 + erf(y * sqrt(0.5)));
     case GOSSAMER_SILU:
       return y / (1 + exp(-y));
+    case GOSSAMER_RELU6:
+      return std::min(std::max(y, 0.0), 6.0);
+    case GOSSAMER_HARDSWISH:
+      return y * std::min(std::max(y + 3, 0.0), 6.0) / 6;
     default:
       return y;
   }

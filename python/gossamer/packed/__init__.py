@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gossamer.formats import Format, Int4, Int8, Sparse, SparseInt8
 
+from .affine import affine_of, range_of
 from .base import MAX_K, Packed
 from .int4 import PackedInt4
 from .int8 import PackedInt8, PackedW8
@@ -27,9 +28,11 @@ __all__ = [
     "PackedSparseInt8",
     "PackedTrainableSparse",
     "PackedW8",
+    "affine_of",
     "pack",
     "packed_from_buffers",
     "quantize_lanes",
+    "range_of",
 ]
 
 

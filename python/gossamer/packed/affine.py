@@ -23,6 +23,12 @@ def affine_of(low: float, high: float) -> Tensor:
     return torch.stack([scale, (-ends[0] * (1 / scale)).round()])
 
 
+def range_of(affine: Tensor) -> tuple[float, float]:
+    """The values of the bytes 0 and 255, which `affine_of` made it of, but for rounding."""
+    scale, zero = affine.tolist()
+    return -zero * scale, (255 - zero) * scale
+
+
 def check_affine(affine: Tensor) -> None:
     """ValueError unless it is a scale that a kernel can divide by, and a zero point of a byte."""
     if affine.shape != (2,):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,17 @@ from gossamer.formats import Format
 from .affine import affine_of, check_affine
 
 MAX_K = 65536
+
+
+def lay_out(panels: Tensor, gpu: bool) -> Tensor:
+    """Panels (P, S, 16, b) with another order in memory: on a GPU the rows of the weight follow.
+
+    The tensor is the same but for its strides, so a state_dict is too.
+
+    >>> lay_out(torch.zeros(2, 3, 16, 4), gpu=True).stride()
+    (192, 4, 12, 1)
+    """
+    return panels.transpose(1, 2).contiguous().transpose(1, 2) if gpu else panels.contiguous()
 
 
 def round_up(value: int, unit: int) -> int:
@@ -71,10 +82,65 @@ class Packed(nn.Module):
         Raises:
             ValueError: the range is empty or not finite, or the format has no such range.
         """
-        if "x_affine" not in self.buffers_of(self.format):
+        if not self.static:
             raise ValueError(f"{self.format} quantizes no input by a range: it is not static")
-        buffers = {**self._tensors(), "x_affine": affine_of(low, high)}
-        return type(self)(self.n, self.k, self.format, buffers)
+        return self.with_affine(affine_of(low, high))
+
+    def with_affine(self, affine: Tensor) -> Packed:
+        """`with_range`, of a scale and zero point (2) that `affine_of` made."""
+        return self._with(x_affine=affine)
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are quantized by one range, that of `x_affine`."""
+        return "x_affine" in self.buffers_of(self.format)
+
+    @staticmethod
+    def concat(parts: Sequence[Packed]) -> Packed:
+        """One weight with the outputs of all the parts, in that order; its bits are theirs.
+
+        Raises:
+            ValueError: the parts differ in format, in their inputs, or in the range of those.
+        """
+        first = parts[0]
+        if any(
+            type(part) is not type(first) or (part.k, part.format) != (first.k, first.format)
+            for part in parts
+        ):
+            kinds = ", ".join(f"{part.format} of {part.k} inputs" for part in parts)
+            raise ValueError(f"only weights of one format and width can be one: got {kinds}")
+        buffers = {**first._tensors(), **first._concat(parts)}
+        if first.static and any(
+            not torch.equal(part.get_buffer("x_affine"), buffers["x_affine"]) for part in parts
+        ):
+            raise ValueError("weights whose inputs are quantized by other ranges cannot be one")
+        for name in ("scale", "wsum"):
+            if name in first.BUFFERS:
+                buffers[name] = torch.cat([part.get_buffer(name) for part in parts])
+        return type(first)(sum(part.n for part in parts), first.k, first.format, buffers)
+
+    @staticmethod
+    def _concat(parts: Any) -> dict[str, Tensor]:
+        """The buffers of `concat`, but for those that are one number an output."""
+        raise NotImplementedError
+
+    def scaled(self, factor: Tensor) -> Packed:
+        """diag(factor) @ w: each output's weights times its factor (n), of either sign.
+
+        Integers keep their bits, but for the sign; scales take the factor's size.
+
+        Raises:
+            ValueError: a factor is not finite.
+        """
+        return self._with(**self._scaled(factor))
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        """The buffers that `scaled` changes."""
+        raise NotImplementedError
+
+    def _with(self, **changed: Tensor) -> Packed:
+        """The same weight but for these buffers; the others are shared."""
+        return type(self)(self.n, self.k, self.format, {**self._tensors(), **changed})
 
     @classmethod
     def from_buffers(cls, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> Packed:
@@ -106,6 +172,16 @@ class Packed(nn.Module):
     def _validate(self) -> None:
         raise NotImplementedError
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        device = next(iter(self._tensors().values())).device
+        if device.type != "meta":
+            self._arrange(device.type == "cuda")
+        return self
+
+    def _arrange(self, gpu: bool) -> None:
+        """Lays out what a GPU reads in another order than a CPU, when the buffers have moved."""
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -136,7 +212,13 @@ class Packed(nn.Module):
         self._adopt(loaded)
 
     def _adopt(self, loaded: Packed) -> None:
-        """Takes over what `loaded`, of the same class, n and k, holds."""
+        """Takes over what `loaded`, of the same class, n and k, holds, to where this one is."""
+        device = next(iter(self._tensors().values())).device
+        self._take(loaded)
+        self._apply(lambda tensor: tensor.to(device))
+
+    def _take(self, loaded: Any) -> None:
+        """`_adopt` on the CPU."""
         for name in self.buffers_of(self.format):
             setattr(self, name, getattr(loaded, name).clone())
 

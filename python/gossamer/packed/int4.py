@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,9 +12,9 @@ from gossamer import ops
 from gossamer.formats import Format, Int4
 from gossamer.obs import inverse_factor, walk
 
-from .base import Packed, round_up
+from .base import Packed, lay_out, round_up
 from .int8 import PANEL
-from .lanes import check_scale, check_wsum
+from .lanes import check_scale, check_wsum, scale_signs, times_sign
 
 STEP = 32  # inputs are padded to it: the largest group
 LINE = 8  # inputs in 64 bytes of a panel, four in the low halves and four in the high
@@ -90,6 +91,19 @@ def _gptq_groups(
     return codes.t().contiguous(), scales.t().contiguous()
 
 
+def _panels(codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Codes (n, k up to 32) and the scales of their groups, in panels of outputs."""
+    more = -len(codes) % PANEL
+    codes = nn.functional.pad(codes, (0, 0, 0, more), value=ZERO)
+    lines = codes.view(-1, PANEL, codes.shape[1] // LINE, 2, 4)
+    lines = lines[..., 0, :] | lines[..., 1, :] << 4
+    scales = nn.functional.pad(scales, (0, 0, 0, more), value=1).view(-1, PANEL, scales.shape[1])
+    return {
+        "panels": lines.transpose(1, 2).contiguous(),
+        "group_scale": scales.transpose(1, 2).contiguous(),
+    }
+
+
 class PackedInt4(Packed):
     """`Int4`: integers times the values behind 4-bit codes."""
 
@@ -118,22 +132,18 @@ class PackedInt4(Packed):
         scale = weight.abs().amax(1) / (limit * min(map(abs, PEAKS)))
         # An output of zeros, or of denormals that a float cannot divide by: any scale does.
         scale = torch.where(scale < 2.0**-120, torch.ones(()), scale)
-        more = round_up(k, STEP) - k, round_up(n, PANEL) - n
         if hessian is None:
-            whole = nn.functional.pad(weight / scale[:, None], (0, more[0], 0, more[1]))
+            whole = nn.functional.pad(weight / scale[:, None], (0, -k % STEP))
             parts = [quantize_groups(v, limit) for v in whole.view(-1, group).split(CHUNK // group)]
             codes = torch.cat([part[0] for part in parts]).view(whole.shape)
             scales = torch.cat([part[1] for part in parts]).view(len(whole), -1)
         else:
             codes, scales = _gptq_groups(weight, hessian, scale, group, limit)
-            codes = nn.functional.pad(codes, (0, more[0], 0, more[1]), value=ZERO)
+            codes = nn.functional.pad(codes, (0, -k % STEP), value=ZERO)
             empty = codes.shape[1] // group - scales.shape[1]
-            scales = nn.functional.pad(scales, (0, empty, 0, more[1]), value=1)
-        lines = codes.view(-1, PANEL, codes.shape[1] // LINE, 2, 4)
-        lines = lines[..., 0, :] | lines[..., 1, :] << 4
+            scales = nn.functional.pad(scales, (0, empty), value=1)
         buffers = {
-            "panels": lines.transpose(1, 2).contiguous(),
-            "group_scale": scales.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous(),
+            **_panels(codes, scales),
             "scale": scale,
             "wsum": torch.zeros(n, dtype=torch.int32),
         }
@@ -141,17 +151,31 @@ class PackedInt4(Packed):
         packed.wsum = packed._integers().sum(1, dtype=torch.int32)
         return packed
 
+    @staticmethod
+    def _concat(parts: Sequence[PackedInt4]) -> dict[str, Tensor]:
+        codes = [part._codes()[: part.n] for part in parts]
+        scales = [part._group_scales()[: part.n] for part in parts]
+        return _panels(torch.cat(codes), torch.cat(scales))
+
+    def _arrange(self, gpu: bool) -> None:
+        self.panels = lay_out(self.panels, gpu)
+
     def _codes(self) -> Tensor:
         """(n up to 16, k up to 32) uint8."""
         lines = self.panels.transpose(1, 2)
         both = torch.stack([lines & 15, lines >> 4], -2)
         return both.reshape(lines.shape[0] * PANEL, -1)
 
+    def _group_scales(self) -> Tensor:
+        """(n up to 16, k up to 32 / group) int8."""
+        scales = self.group_scale.transpose(1, 2)
+        return scales.reshape(-1, scales.shape[2])
+
     def _integers(self) -> Tensor:
         """(n, k) int16: the value of each weight times the scale of its group."""
-        values = VALUES.to(torch.int16)[self._codes().int()]
-        scales = self.group_scale.transpose(1, 2).reshape(values.shape[0], -1, 1)
-        groups = values.view(*scales.shape[:2], self.format.group) * scales
+        values = VALUES.to(self.panels.device, torch.int16)[self._codes().int()]
+        scales = self._group_scales()
+        groups = values.view(*scales.shape, self.format.group) * scales.unsqueeze(2)
         return groups.view(values.shape)[: self.n, : self.k]
 
     def _validate(self) -> None:
@@ -177,6 +201,13 @@ class PackedInt4(Packed):
 
     def unpack(self) -> Tensor:
         return self._integers().float() * self.scale[:, None]
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        # The 16 values are not symmetric, but the scale of a group may have either sign.
+        whole = nn.functional.pad(sign, (0, -self.n % PANEL), value=1).view(-1, 1, PANEL)
+        groups = times_sign(self.group_scale, whole)
+        return {"group_scale": groups, "scale": scale, "wsum": self.wsum * sign}
 
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None

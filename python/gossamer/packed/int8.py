@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.formats import Format
 
-from .base import Packed, round_up
+from .base import Packed, lay_out, round_up
 from .lanes import (
     check_lanes,
     check_scale,
@@ -20,11 +21,20 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
 PANEL = 16  # outputs in a panel
 STEP = 8  # inputs whose products share 16-bit lanes, two by two
+
+
+def _panels(q: Tensor) -> Tensor:
+    """(n, k up to 8) int8, contiguous, as panels."""
+    whole = nn.functional.pad(q, (0, 0, 0, -len(q) % PANEL))
+    words = whole.view(torch.int32).view(-1, PANEL, q.shape[1] // 4)
+    return words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
 
 
 class _Int8Panels(Packed):
@@ -48,16 +58,20 @@ class _Int8Panels(Packed):
             lane = lane_ids(len(lanes), n, inputs)
             q = gptq_lanes(weight, hessian, lane[:, :k], scale)
             q = nn.functional.pad(q, (0, inputs - k))
-        whole = nn.functional.pad(q, (0, 0, 0, round_up(n, PANEL) - n))
-        words = whole.view(torch.int32).view(-1, PANEL, inputs // 4)
-        panels = words.transpose(1, 2).contiguous().unsqueeze(-1).view(torch.int8)
-        buffers = {"panels": panels, "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
+        buffers = {"panels": _panels(q), "scale": scale, "wsum": q.sum(1, dtype=torch.int32)}
         return cls(n, k, format, {name: buffers[name] for name in cls.BUFFERS})
+
+    @staticmethod
+    def _concat(parts: Sequence[_Int8Panels]) -> dict[str, Tensor]:
+        return {"panels": _panels(torch.cat([part._integers()[: part.n] for part in parts]))}
 
     def _integers(self) -> Tensor:
         """(n up to 16, k up to 8) int8."""
         panels = self.panels
         return panels.transpose(1, 2).reshape(panels.shape[0] * PANEL, -1)
+
+    def _arrange(self, gpu: bool) -> None:
+        self.panels = lay_out(self.panels, gpu)
 
     def _validate(self) -> None:
         n, k = self.n, self.k
@@ -74,6 +88,14 @@ class _Int8Panels(Packed):
 
     def unpack(self) -> Tensor:
         return self._integers()[: self.n, : self.k].float() * self.scale[:, None]
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        whole = nn.functional.pad(sign, (0, -self.n % PANEL), value=1).view(-1, 1, PANEL, 1)
+        changed = {"panels": times_sign(self.panels, whole), "scale": scale}
+        return changed | (
+            {"wsum": self.get_buffer("wsum") * sign} if "wsum" in self.BUFFERS else {}
+        )
 
 
 class PackedInt8(_Int8Panels):

@@ -125,6 +125,37 @@ def check_wsum(wsum: Tensor, q: Tensor) -> None:
         raise ValueError("wsum is not the sum of each output's weights: the file is damaged")
 
 
+def scale_signs(scale: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """What outputs times `factor` (n) make of their integers, and of their scales (n) float32.
+
+    The size of a factor goes into the scale; integers only take its sign, int8 of -1, 0 or 1,
+    which no lane minds: the limit is the same for both signs. Where the product is nothing that a
+    float can divide by, the integers are 0, and any scale does.
+
+    Raises:
+        ValueError: a factor is not finite.
+    """
+    size = scale * factor.abs().float()
+    if not torch.isfinite(size).all():
+        raise ValueError("the factor of an output is not finite: its weights would not be either")
+    nothing = size < 2.0**-120
+    sign = torch.where(nothing, 0.0, factor.sign().float()).to(torch.int8)
+    return sign, torch.where(nothing, torch.ones(()), size)
+
+
+def times_sign(q: Tensor, sign: Tensor) -> Tensor:
+    """Integers times signs of a shape that broadcasts; the same memory where all are 1.
+
+    Raises:
+        ValueError: -128, which packing never makes, would have to become 128.
+    """
+    if (sign == 1).all():
+        return q
+    if ((q == -128) & (sign == -1)).any():
+        raise ValueError("the weight holds a -128, whose negative is no int8: pack it again")
+    return q * sign
+
+
 def lanes_of(q: Tensor) -> Tensor:
     """(n, k) with k a multiple of 8 -> (n * k / 4, 4): inputs 0 1 4 5 and 2 3 6 7 of every 8."""
     return _swap_pairs(q).view(-1, 4)

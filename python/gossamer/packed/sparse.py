@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,15 @@ from gossamer import ops
 from gossamer.formats import Format
 
 from .base import Packed, round_up
-from .index import INDEX_BUFFERS, Index, build_index, check_index, entry_places
+from .index import (
+    INDEX_BUFFERS,
+    Index,
+    bitmap_of,
+    build_index,
+    check_index,
+    concat_indices,
+    entry_places,
+)
 from .lanes import (
     check_lanes,
     check_scale,
@@ -20,13 +29,16 @@ from .lanes import (
     lane_scale,
     lanes_of,
     quantize_lanes,
+    scale_signs,
+    times_sign,
     unlanes,
 )
 
 
 class _Indexed(Packed):
-    """A packed weight with the buffers of an index."""
+    """A packed weight with the buffers of an index, and on a GPU with its bitmap."""
 
+    UNIT: ClassVar[int]  # inputs of an entry
     values: Tensor
     columns: Tensor
     rows: Tensor
@@ -35,11 +47,25 @@ class _Indexed(Packed):
     def _index(self) -> Index:
         return Index(self.columns, self.rows, self.cells)
 
+    @staticmethod
+    def _concat(parts: Sequence[_Indexed]) -> dict[str, Tensor]:
+        index, entry = concat_indices([part.n for part in parts], [p._index() for p in parts])
+        values = torch.cat([part.values.detach() for part in parts])[entry]
+        return {"values": values, **index._asdict()}
+
+    def _arrange(self, gpu: bool) -> None:
+        bitmap = None
+        if gpu:
+            index = Index(*(part.cpu() for part in self._index()))
+            bitmap = bitmap_of(self.n, self.k, self.UNIT, index).to(self.columns.device)
+        self.register_buffer("bitmap", bitmap, persistent=False)
+
 
 class PackedSparse(_Indexed):
     """`Sparse()`: fp32 values and their index."""
 
     kernel = "spmm"
+    UNIT = 1
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
     @classmethod
@@ -62,15 +88,22 @@ class PackedSparse(_Indexed):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b = self._tensors()
-        index = (b["columns"], b["rows"], b["cells"])
-        return ops.spmm(x, b["values"], *index, self.n, bias, self.k, activation, conv)
+        weight = (b["values"], b["columns"], b["rows"], b["cells"])
+        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, b.get("bitmap"))
 
     def unpack(self) -> Tensor:
-        weight = torch.zeros(self.n, self.k)
+        weight = self.values.new_zeros(self.n, self.k)
         # A file may list a place twice: a kernel adds what is there, and so does this.
         return weight.index_put_(
             entry_places(self.n, 1, self._index()), self.values, accumulate=True
         )
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        outputs, _ = entry_places(self.n, 1, self._index())
+        values = self.values * factor.float()[outputs]
+        if not torch.isfinite(values).all():
+            raise ValueError("the factor of an output takes its weights beyond what a float holds")
+        return {"values": values}
 
 
 class PackedSparseInt8(_Indexed):
@@ -80,6 +113,7 @@ class PackedSparseInt8(_Indexed):
     wsum: Tensor
 
     kernel = "spmm_int8"
+    UNIT = 4
     BUFFERS: ClassVar = {
         "values": torch.int8,
         **INDEX_BUFFERS,
@@ -134,7 +168,8 @@ class PackedSparseInt8(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        return ops.spmm_int8(x, *weight, b.get("x_affine"), bias, self.k, activation, conv)
+        affine, bitmap = b.get("x_affine"), b.get("bitmap")
+        return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, bitmap)
 
     def convolve(
         self,
@@ -154,9 +189,15 @@ class PackedSparseInt8(_Indexed):
         return ops.conv_spmm_int8(q, *weight, *images, self.k, activation, conv)
 
     def unpack(self) -> Tensor:
-        weight = torch.zeros(self.n, round_up(self.k, 4))
+        weight = self.scale.new_zeros(self.n, round_up(self.k, 4))
         outputs, inputs = entry_places(self.n, 4, self._index())
         # Padding entries are zeros at column 0 of their block: adding them changes nothing.
-        places = (outputs[:, None], inputs[:, None] + torch.arange(4))
+        places = (outputs[:, None], inputs[:, None] + torch.arange(4, device=inputs.device))
         weight.index_put_(places, self.values.float() * self.scale[outputs, None], accumulate=True)
         return weight[:, : self.k].contiguous()
+
+    def _scaled(self, factor: Tensor) -> dict[str, Tensor]:
+        sign, scale = scale_signs(self.scale, factor)
+        outputs, _ = entry_places(self.n, 4, self._index())
+        values = times_sign(self.values, sign[outputs, None])
+        return {"values": values, "scale": scale, "wsum": self.wsum * sign}

@@ -1,0 +1,83 @@
+"""fuse: BatchNorm, activations and additions into the layers before, and 8 bits between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .epilogues import fuse_activations
+from .fold import fold
+from .graph import drop_what_passes, name_apart, out_of_place, record
+from .merge import merge_linears
+from .plan import make_plan
+from .rewrite import rewrite
+from .rows import FusedRow, FuseReport, report_of
+from .trace import Fused, trace
+
+__all__ = ["FuseReport", "Fused", "FusedRow", "fuse"]
+
+
+def fuse(model: nn.Module, example_inputs: Any) -> Fused:
+    """The same function with fewer passes over memory: a new module, made by torch.fx.
+
+    - BatchNorm in eval mode goes into the packed (or dense) layer before it, of any format.
+    - ReLU, ReLU6, SiLU, Hardswish and exact GELU become the activation of the packed layer before.
+    - Packed linear layers of one format that read the same tensor, such as the query, key and value
+      of attention, become one layer, and its result is cut in slices.
+    - Between static convolutions (`gs.Int8(activations="static")`, `gs.SparseInt8(...)`) values
+      stay 8 bits, in one layout; an addition becomes the residual of the convolution before it,
+      max-pooling, concatenation, nearest upsampling and ReLU move bytes, and means over all pixels
+      sum bytes. Everything else gets floats.
+
+    A value between two static convolutions has the scale that the reader quantizes by, so that
+    conv, activation, max-pooling, conv give the bits of the unfused model. Where BatchNorm was
+    folded, sums of floats are rounded otherwise; residuals and means, which the unfused model has
+    in floats, are rounded to the 8 bits of the range that the example shows.
+
+    The module takes inputs of other sizes and batches than the example's, as far as the model does;
+    its results do not depend on what else is in the batch. Values that go back to floats have the
+    dtype that they had in the example. A NaN or an Inf, which no byte can stand for, is an error
+    where floats become bytes.
+
+    Args:
+        model: in eval mode, on the CPU, after `compress_`; it stays as it is, and its tensors are
+            shared where nothing was folded into them.
+        example_inputs: the model's arguments as a tuple, a dict of keywords, or one tensor; real
+            data, since their ranges count. What holds no tensor is fixed to its value here.
+
+    Returns:
+        A torch.fx.GraphModule with the `report` of what runs where, and why not.
+
+    Raises:
+        TypeError: `example_inputs` does not fit the model.
+        ValueError: torch.fx cannot trace the model (the line is named), or a BatchNorm is in
+            training mode.
+
+    Example:
+        >>> import torch, gossamer as gs
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> report, x = gs.compress_(model, gs.Int8()), torch.randn(1, 3, 16, 16)
+        >>> fused = gs.fuse(model, example_inputs=(x,))
+        >>> fused.report.rows[0].fused
+        'BatchNorm, ReLU'
+        >>> torch.allclose(fused(x), model(x), atol=1e-5)
+        True
+    """
+    fused, inputs = trace(model, example_inputs)
+    graph = fused.graph
+    drop_what_passes(graph)
+    out_of_place(graph)
+    name_apart(graph)
+    record(fused, inputs)
+    fold(graph)
+    fuse_activations(graph)
+    merge_linears(fused)
+    rewrite(fused, make_plan(graph))
+    fused.delete_all_unused_submodules()
+    fused.recompile()
+    fused.meta["report"] = report_of(graph)
+    for node in graph.nodes:
+        node.meta.clear()
+    return fused

@@ -1,0 +1,170 @@
+"""Modules on 8-bit images: (images, ceil(channels / 4), height, width, 4) uint8.
+
+A value is (byte - zero) * scale, of one scale and zero point, the (2) float32 of an affine. Four
+channels of a pixel are one word, which is what moves; channels behind the last hold the zero point.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer import ops
+from gossamer.dtypes import KeepsDtypes
+from gossamer.layers import Conv2d
+
+from .match import MaxPool
+
+
+def shape_of(x: Tensor, channels: int, dim: int | None = None) -> Any:
+    """The shape that an 8-bit image has as floats, or one dimension of it."""
+    shape = torch.Size((x.size(0), channels, x.size(2), x.size(3)))
+    return shape if dim is None else shape[dim]
+
+
+class ToInt8(KeepsDtypes):
+    """Floats (images, channels, height, width) to bytes."""
+
+    affine: Tensor
+
+    def __init__(self, affine: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("affine", affine.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a static layer quantizes its input."""
+        if x.dim() != 4:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: this model was fused for (images, channels, "
+                "height, width)"
+            )
+        return ops.block(x, self.affine)
+
+
+class ToFloat(KeepsDtypes):
+    """Bytes to floats, of the dtype that the model had here in the example."""
+
+    affine: Tensor
+
+    def __init__(self, affine: Tensor, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("affine", affine.clone())
+        self.channels, self.dtype = channels, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(images, channels, height, width), contiguous."""
+        return ops.unblock(x, self.affine, self.channels, self.dtype)
+
+
+class ImageConv2d(KeepsDtypes):
+    """y = activation(conv2d(x, w) + bias + residual), bytes in and out."""
+
+    layer: Conv2d
+    y_affine: Tensor
+    residual_affine: Tensor | None
+
+    def __init__(
+        self, layer: Conv2d, y_affine: Tensor, residual_affine: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("y_affine", y_affine.clone())
+        residual = None if residual_affine is None else residual_affine.clone()
+        self.register_buffer("residual_affine", residual)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """All sums in int32, one rounding at the end."""
+        return self.layer.convolve(x, self.y_affine, residual, self.residual_affine)
+
+
+class ImageMaxPool2d(KeepsDtypes):
+    """max_pool2d of bytes, whose order is that of the values: exact."""
+
+    def __init__(self, pool: MaxPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The largest byte under each window."""
+        pool = self.pool
+        ends = [self._end(x.size(2 + i), i) for i in (0, 1)]
+        padding = [pool.padding[0], ends[0], pool.padding[1], ends[1]]
+        kernel, stride, dilation = (list(p) for p in (pool.kernel, pool.stride, pool.dilation))
+        return ops.max_pool(x, kernel, stride, padding, dilation)
+
+    def _end(self, size: int, i: int) -> int:
+        """Padding behind the last row or column; of ceil_mode, what completes the last window."""
+        pool = self.pool
+        before, stride = pool.padding[i], pool.stride[i]
+        if not pool.ceil_mode:
+            return before
+        reach = pool.dilation[i] * (pool.kernel[i] - 1) + 1
+        windows = -(-(size + 2 * before - reach) // stride)
+        # As torch: a window must not begin behind the input.
+        windows -= int(windows * stride >= size + before)
+        return windows * stride + reach - size - before
+
+    def extra_repr(self) -> str:
+        return str(self.pool)
+
+
+class ImageUpsample(KeepsDtypes):
+    """Nearest upsampling: words at the places that torch takes for this size: exact."""
+
+    def __init__(self, scale_factor: Any) -> None:
+        super().__init__()
+        self.scale_factor = scale_factor
+
+    def forward(self, x: Tensor, size: Any = None) -> Tensor:
+        """Rows, then columns; `size` counts where there is no factor."""
+        words = x.view(torch.int32).squeeze(-1)
+        for i in (0, 1):
+            # Which input row or column each output has: torch's own answer for their numbers.
+            numbers = torch.arange(words.size(2 + i), dtype=torch.float32).view(1, 1, -1)
+            to, by = self._of(size, i), self._of(self.scale_factor, i)
+            places = F.interpolate(numbers, to, by, mode="nearest").view(-1).int()
+            words = words.index_select(2 + i, places)
+        return words.unsqueeze(-1).view(torch.uint8)
+
+    @staticmethod
+    def _of(value: Any, i: int) -> Any:
+        return value[i] if isinstance(value, tuple | list) else value
+
+    def extra_repr(self) -> str:
+        return f"scale_factor={self.scale_factor}"
+
+
+class ImageRelu(KeepsDtypes):
+    """max(x, 0): no byte below the zero point."""
+
+    zero: Tensor
+
+    def __init__(self, affine: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("zero", affine[1].to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Exact."""
+        return torch.maximum(x, self.zero)
+
+
+class ImageMean(KeepsDtypes):
+    """The mean of all pixels of a channel, in floats: the sum of the bytes is exact."""
+
+    affine: Tensor
+
+    def __init__(self, affine: Tensor, channels: int, dtype: torch.dtype, keepdim: bool) -> None:
+        super().__init__()
+        self.register_buffer("affine", affine.clone())
+        self.channels, self.dtype, self.keepdim = channels, dtype, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(sum / pixels - zero) * scale: (images, channels), or with two dimensions of 1 behind."""
+        pixels = x.size(2) * x.size(3)
+        sums = x.sum((2, 3), dtype=torch.int32).flatten(1)[:, : self.channels]
+        scale, zero = self.affine[0], self.affine[1]
+        mean = ((sums - zero * pixels) * (scale / pixels)).to(self.dtype)
+        return mean[:, :, None, None] if self.keepdim else mean

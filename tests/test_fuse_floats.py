@@ -1,0 +1,180 @@
+"""fuse where 8-bit images meet floats: what stays in floats says so, and is right."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fused_nets import EVERY_STATIC, MobileNet, ResNet, images, lively, run, static
+from products import same_bits
+from torch import Tensor, nn
+
+import gossamer as gs
+
+
+def test_a_mobile_net_says_why() -> None:
+    for act, name in ((nn.ReLU6, "ReLU6"), (nn.Hardswish, "Hardswish")):
+        x = images(2, 16)
+        fused = gs.fuse(static(lively(MobileNet(act)), x), x)
+        rows = {row.name: row for row in fused.report}
+        assert rows["blocks.0.up.0"].fused == f"BatchNorm, {name}"
+        assert rows["blocks.0.up.0"].note == "gives fp32: blocks.0.middle.0 reads it so"
+        depthwise = rows["blocks.0.middle.0"]
+        assert depthwise.fused == "BatchNorm"
+        assert depthwise.note == "groups=32: grouped convolutions stay with torch"
+        assert rows["last"].fused == "hardswish" and rows["last"].gives == "int8"
+        assert "mean_image" in rows
+
+
+def test_padding_that_is_not_zeros_is_for_floats() -> None:
+    x = images()
+    convs = [nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")]
+    model = static(nn.Sequential(*convs, nn.Conv2d(4, 4, 1)), x)
+    fused = gs.fuse(model, x)
+    assert same_bits(run(fused, x), run(model, x))
+    assert "padding_mode='reflect' pads floats" in str(fused.report)
+
+
+def test_a_layer_that_runs_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(8, 8, 1), *map(nn.BatchNorm2d, (8, 8))
+            self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.one(self.conv(self.stem(x))))
+            y: Tensor = self.head(F.silu(self.two(self.conv(x))))
+            return y
+
+    dense, x = lively(Twice()), images()
+    model = static(dense, x, reach=3.0)
+    fused = gs.fuse(model, x)
+    assert [row.fused for row in fused.report][2:4] == ["BatchNorm, relu", "BatchNorm, silu"]
+    wrong = [(run(m, x) - run(dense, x)).norm() for m in (fused, model)]
+    assert wrong[0] < 1.1 * wrong[1]
+    panels = [fused.get_submodule(n).layer.packed for n in ("conv", "conv_1")]
+    assert not torch.equal(panels[0].scale, panels[1].scale)
+    assert model.conv.activation == "none"
+
+
+def test_who_reads_floats_shares_them() -> None:
+    """A value that a static convolution and something else read: written over in place, too."""
+
+    class Net(nn.Module):
+        def __init__(self, view: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.view = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), view
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            (x.flatten(2) if self.view else x).mul_(0.5)
+            y: Tensor = self.b(x) + x.sin()
+            return y
+
+    x = images()
+    for view in (True, False):
+        model = static(Net(view), x)
+        assert same_bits(run(gs.fuse(model, x), x), run(model, x))
+
+
+class Odd(nn.Module):
+    """Floats between 8-bit images: a dense stem, a gate, a sum over an image, an early output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.two, self.three = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.four, self.five = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.max_pool2d(torch.sin(self.stem(x)), 2)
+        x = torch.relu(self.one(x) + x)
+        y = self.two(x)
+        y = self.three(y * torch.sigmoid(y.mean((2, 3), keepdim=True)))
+        y = y + y.mean(1, keepdim=True)
+        early = self.four(y)
+        z = self.five(F.relu6(early))
+        return {"early": early, "flat": z.view(z.size(0), -1), "x": x}
+
+
+@EVERY_STATIC
+def test_floats_between_images(format: Any) -> None:
+    x = images(size=10)
+    model = Odd()
+    with torch.no_grad(), gs.calibrate(model, observer="minmax"):
+        model(x)
+    gs.compress_(model, {"stem": None, "*": format})
+    fused = gs.fuse(model, x)
+    rows = {row.name: row for row in fused.report}
+    # The floats of a dense layer are quantized to be a residual, by the scale of who reads them.
+    assert rows["one"].fused == "+ max_pool2d, relu" and rows["max_pool2d_to_int8"].gives == "int8"
+    assert torch.equal(fused.one.residual_affine, fused.one.layer.packed.x_affine)
+    assert rows["two"].note == "gives fp32: mean, mul read it so"
+    assert rows["three"].gives == rows["add_1"].gives == rows["four"].gives == "fp32"
+    with torch.no_grad():
+        got, want = fused(x), model(x)
+    step = fused.one.y_affine[0] + fused.one.residual_affine[0]
+    assert (got["x"] - want["x"]).abs().max() <= step / 2 * 1.001
+    assert {k: v.shape for k, v in got.items()} == {k: v.shape for k, v in want.items()}
+
+
+def test_asking_for_a_shape_needs_no_floats() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y = self.b(F.max_pool2d(x, 3, 1, 1))  # of a narrower range than x
+            whole = y.view(x.size(0), y.shape[1], -1) * x.shape[1] + x.size(dim=-1)
+            n, _, height, _ = x.shape
+            return whole.reshape(n, -1, height, x.size()[3])
+
+    x = images(size=7)
+    model = static(Net(), x)
+    fused = gs.fuse(model, x)
+    assert [row.runs for row in fused.report if "ToFloat" in row.runs] == ["ToFloat"]
+    other = images(3, 9)
+    assert same_bits(run(fused, other), run(model, other))
+
+
+def test_bfloat16(tmp_path: Any) -> None:
+    x = images(4, 32)
+    model = static(lively(ResNet()), x)
+    half = copy.deepcopy(model).bfloat16()
+    fused = gs.fuse(half, x.bfloat16())
+    y = run(fused, x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    want = run(model, x)
+    assert (y.float() - want).norm() < 0.05 * want.norm()
+    # The scales stay float32 when a fused model is converted.
+    later = gs.fuse(model, x).bfloat16()
+    assert later.conv1.y_affine.dtype == torch.float32
+    assert run(later, x.bfloat16()).isfinite().all()
+
+
+def test_the_range_of_the_example_is_what_no_reader_knows() -> None:
+    x = images(8, 32)
+    model = static(lively(ResNet()), x)
+    wide, narrow = gs.fuse(model, x), gs.fuse(model, x / 100)
+    name = "layers.1.downsample.0"
+    assert torch.equal(
+        wide.get_submodule(name).y_affine, wide.get_submodule("layers.1.conv2").residual_affine
+    )
+    assert narrow.get_submodule(name).y_affine[0] < wide.get_submodule(name).y_affine[0]
+    for same in ("conv1", "layers.0.conv1"):  # whose readers are static
+        assert torch.equal(*(f.get_submodule(same).y_affine for f in (wide, narrow)))
+
+
+@pytest.mark.parametrize("ill", [torch.nan, torch.inf])
+def test_an_ill_image_is_an_error(ill: float) -> None:
+    x = images(2, 32)
+    fused = gs.fuse(static(lively(ResNet()), x), x)
+    x[1, 2, 3, 4] = ill
+    with pytest.raises(RuntimeError, match="NaN or an Inf"):
+        run(fused, x)

@@ -1,0 +1,198 @@
+"""Compiles every configuration of the Triton kernels for GPUs that are not here: JSON on stdout.
+
+    python tests/triton_compile.py cuda:80 cuda:90 hip:gfx942
+
+It calls the operators on tensors that nobody fills, with a driver that names another chip and with
+kernels that stop after compiling: so what is compiled is what would be launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from gossamer import triton as kernels
+from gossamer.triton import tiles
+
+STEMS = ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
+N, K = 4096, 4096
+# Rows, of sddmm inputs and outputs, by which `choose` comes to each tile of each table.
+SIZES = (16, 32, 64, 128, 256, 512, 768)
+CONV = [3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0]
+
+
+class Elsewhere:
+    """A driver of a GPU that only compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def target_of(name: str) -> GPUTarget:
+    backend, arch = name.split(":")
+    return GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+@contextlib.contextmanager
+def elsewhere(target: GPUTarget) -> Iterator[list[Any]]:
+    """Kernels compile for the target and are listed, with their tiles, instead of run."""
+    compiled: list[Any] = []
+    chip = tiles.chip_of(target.backend, target.arch if target.backend == "cuda" else 0)
+    run = JITFunction.run
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **meta)
+        tile = [meta[name] for name in ("ROWS", "OUTPUTS", "INPUTS") if name in meta]
+        compiled.append((tile, kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(Elsewhere(target))
+    modules = [vars(sys.modules[f"gossamer.triton.{stem}"]) for stem in STEMS]
+    JITFunction.run = only_compile
+    for module in modules:
+        module["chip"] = lambda device: chip
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def weight_of(stem: str, n: int, k: int) -> tuple[Any, ...]:
+    """What follows x in the operator's arguments, up to the bias."""
+    scale, wsum = empty(n), empty(n, dtype=torch.int32)
+    panels = empty(-(-n // 16) * 16, k, dtype=torch.int8).view(-1, 16, k // 4, 4).transpose(1, 2)
+    if stem == "gemm_int8":
+        return panels, scale, wsum, None
+    if stem == "gemm_w8":
+        return panels, scale
+    if stem == "gemm_int4":
+        codes = empty(-(-n // 16) * 16, k // 2, dtype=torch.uint8)
+        codes = codes.view(-1, 16, k // 8, 4).transpose(1, 2)
+        return codes, empty(codes.shape[0], k // 16, 16, dtype=torch.int8), scale, wsum
+    if stem == "spmm":
+        return empty(100), empty(n, -(-k // 32), 2, dtype=torch.int32), n
+    words = -(-k // 128)
+    return empty(100, 4, dtype=torch.int8), empty(n, words, 2, dtype=torch.int32), scale, wsum, None
+
+
+def call(stem: str, m: int, dtype: torch.dtype, conv: bool = False) -> None:
+    """One call with m rows, or of a convolution of m x m pixels."""
+    n, k = N, 9 * 64 if conv else K
+    if stem == "sddmm" and not conv:
+        n, k, m = -(-m // 32) * 32, -(-m // 32) * 32, 1024
+    operator = getattr(kernels, stem)
+    x = empty(1, 64, m, m, dtype=dtype) if conv else empty(m, k, dtype=dtype)
+    geometry = CONV if conv else None
+    if stem == "sddmm":
+        rows = m * m if conv else m
+        bitmap = empty(n, k // 32, 2, dtype=torch.int32)
+        operator(x, empty(rows, n, dtype=dtype), bitmap, 100, n, k, geometry)
+    else:
+        operator(x, *weight_of(stem, n, k), empty(n), k, 2, geometry)
+
+
+def report(kernel: Any, target: GPUTarget) -> dict[str, Any]:
+    """What a compiled kernel needs of the chip, and which matrix instructions it has."""
+    found = {"name": kernel.metadata.name, "target": f"{target.backend}:{target.arch}"}
+    found |= {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
+    found["stages"] = kernel.metadata.num_stages
+    if target.backend == "cuda":
+        ptx = kernel.asm["ptx"]
+        found |= usage(kernel.asm["cubin"])
+        pattern = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*"
+    else:
+        ptx = kernel.asm["amdgcn"]
+        numbers = {
+            key: max(map(int, re.findall(rf"\.{key}:\s*(\d+)", ptx)), default=0)
+            for key in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        stack = max(map(int, re.findall(r"\.private_segment_fixed_size:\s*(\d+)", ptx)))
+        spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        found |= {"registers": numbers["vgpr_count"], "spills": spills, "stack": stack}
+        pattern = r"v_mfma\w+"
+    found["matrix"] = sorted(set(re.findall(pattern, ptx)))
+    found["lines"] = len(re.findall(r"^\s+[^./\s].*", ptx, re.MULTILINE))
+    return found
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers, spills and stack of the machine code, by NVIDIA's tool in triton's wheel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (
+        max(map(int, re.findall(rf"{key}:(\d+)", text))) for key in ("REG", "STACK", "LOCAL")
+    )
+    return {"registers": registers, "stack": stack, "spills": local}
+
+
+def compile_for(name: str) -> list[dict[str, Any]]:
+    target = target_of(name)
+    rows: list[dict[str, Any]] = []
+    done: set[str] = set()
+    for stem, dtype in itertools.product(STEMS, (torch.float16, torch.float32)):
+        whole = stem in ("gemm_int8", "gemm_int4", "spmm_int8")
+        if whole and dtype == torch.float32:
+            continue  # of x, only quantize_rows sees the dtype
+        with elsewhere(target) as compiled:
+            for m in SIZES:
+                call(stem, m, dtype)
+            call(stem, 56, dtype, conv=True)
+        for tile, kernel in compiled:
+            if kernel.hash not in done:
+                done.add(kernel.hash)
+                about = {"stem": stem, "dtype": str(dtype), "tile": tile}
+                rows.append(about | report(kernel, target))
+    return rows
+
+
+def planted(name: str) -> list[dict[str, Any]]:
+    """A tile that no chip has the registers for: the gates must see it."""
+    target = target_of(name)
+    huge = (tiles.Tile(256, 256, 64, 4, 2),)
+    with elsewhere(target) as compiled:
+        vars(sys.modules["gossamer.triton.gemm_int8"])["TILES"] = huge
+        call("gemm_int8", 4096, torch.float16)
+    return [{"tile": tile} | report(kernel, target) for tile, kernel in compiled if tile]
+
+
+def main() -> None:
+    spill, names = sys.argv[1:2] == ["--spill"], [a for a in sys.argv[1:] if a != "--spill"]
+    rows = [row for name in names for row in (planted if spill else compile_for)(name)]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
