@@ -91,7 +91,8 @@ def static(model: nn.Module, data: Images) -> nn.Module:
 
 def fused(model: nn.Module, data: Images) -> nn.Module:
     """The same, int8 between the layers."""
-    return gs.fuse(static(model, data), example_inputs=(data.batch(torch.arange(100))[0],))
+    x, _ = data.batch(torch.arange(min(100, len(data.y))))
+    return gs.fuse(static(model, data), example_inputs=(x,))
 
 
 ROWS: dict[str, Callable[[nn.Module, Images], nn.Module]] = {
