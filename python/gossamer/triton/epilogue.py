@@ -57,6 +57,12 @@ def erf(x):
 
 
 @triton.jit
+def clamp6(y):
+    """0 to 6; NaN stays NaN."""
+    return tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
+
+
+@triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
     """The activation at that place in `ops.ACTIVATIONS`; NaN stays NaN."""
     if ACTIVATION == 1:
@@ -65,6 +71,10 @@ def activate(y, ACTIVATION: tl.constexpr):
         y = (0.5 * y) * (1.0 + erf(y * 0.707106781))
     elif ACTIVATION == 3:
         y = divide(y, 1.0 + exp(0.0 - y))
+    elif ACTIVATION == 4:
+        y = clamp6(y)
+    elif ACTIVATION == 5:
+        y = y * (clamp6(y + 3.0) * (1 / 6))
     return y
 
 
@@ -73,7 +83,7 @@ def finish(value, bias, output, n, ACTIVATION: tl.constexpr, BIAS: tl.constexpr)
     """act(value + bias) of a tile (rows, outputs)."""
     if BIAS:
         value = value + tl.load(bias + output, mask=output < n, other=0.0)[None, :]
-    if ACTIVATION < 2:
+    if ACTIVATION != 2 and ACTIVATION != 3:
         return activate(value, ACTIVATION)
     # One half of the outputs after the other: the steps of erf and exp hold a number for each sum,
     # 255 registers and 88 to 352 bytes of stack for 128 x 128 at once, 153 to 244 and none so.
