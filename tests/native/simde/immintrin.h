@@ -43,6 +43,10 @@ static inline __m512i cvtepi8_epi32(__m128i a) {
   return by_halves<__m512i, int64_t>(
       a, [](int64_t h) { return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(h)); });
 }
+static inline __m512i cvtepu8_epi32(__m128i a) {
+  return by_halves<__m512i, int64_t>(
+      a, [](int64_t h) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(h)); });
+}
 static inline __m512 cvtph_ps(__m256i a) {
   return by_halves<__m512, __m128i>(a, [](__m128i h) { return _mm256_cvtph_ps(h); });
 }
@@ -107,6 +111,17 @@ static inline void store(void* p, __mmask16 mask, Vector a) {
   move<Element>(p, mask, &a);
 }
 
+// src, or where the mask says so, the element of p at an index.
+static inline __m512i gather(__m512i src, __mmask16 mask, __m512i index, const void* p) {
+  int32_t lanes[16], at[16];
+  memcpy(lanes, &src, sizeof lanes);
+  memcpy(at, &index, sizeof at);
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) memcpy(lanes + i, static_cast<const char*>(p) + int64_t{at[i]} * 4, 4);
+  memcpy(&src, lanes, sizeof lanes);
+  return src;
+}
+
 }  // namespace emulated
 
 #undef _mm512_abs_ps
@@ -114,6 +129,7 @@ static inline void store(void* p, __mmask16 mask, Vector a) {
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm512_cvtepu8_epi32 emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
@@ -128,6 +144,10 @@ static inline void store(void* p, __mmask16 mask, Vector a) {
 #define _mm512_maskz_loadu_epi32 emulated::load<int32_t, __m512i>
 #define _mm256_maskz_loadu_epi16 emulated::load<int16_t, __m256i>
 #define _mm512_mask_storeu_ps emulated::store<float>
+#define _mm512_mask_storeu_epi32 emulated::store<int32_t>
+#undef _mm512_mask_i32gather_epi32
+#define _mm512_mask_i32gather_epi32(src, mask, index, p, scale) \
+  emulated::gather(src, mask, index, p)
 #define _mm256_mask_storeu_epi16 emulated::store<int16_t>
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 #define _mm_dpbusd_avx_epi32 simde_mm_dpbusd_epi32
