@@ -35,11 +35,10 @@ void planes(const T* x, const FloatImage& image, Range pixels, Checked& bytes, i
       I32 byte[4];
       for (int i = 0; i < 4; ++i) {
         const T* at = x + i * plane + p;
-        byte[i] = i >= some ? bytes.quantize.zero
-                            : bytes(left == kLanes ? load(at) : load_first(at, left));
+        byte[i] = i >= some ? bytes.quantize.zero : bytes(load_some(at, left));
       }
       const I32 words = join_bytes(byte[0], byte[1], byte[2], byte[3]);
-      left == kLanes ? store(q + p, words) : store_first(q + p, words, left);
+      store_some(q + p, words, left);
     }
   }
 }
@@ -66,7 +65,7 @@ void squares(const T* x, const FloatImage& image, Range pixels, Checked& bytes, 
       const int64_t blocks = ceil_div(image.channels - c, 4);
       for (int64_t i = 0; i < blocks && i < kLanes; ++i) {
         int32_t* to = q + (c / 4 + i) * image.pixels + p;
-        left == kLanes ? store(to, square[i]) : store_first(to, square[i], left);
+        store_some(to, square[i], left);
       }
     }
   }

@@ -77,6 +77,16 @@ static inline int lanes_left(int64_t n, int64_t output) {
   return n - output < kLanes ? static_cast<int>(n - output) : kLanes;
 }
 
+// A vector, or the `count` first lanes of one, which is masked: that is slower.
+template <typename T>
+static inline auto load_some(const T* p, int count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+template <typename T, typename Vector>
+static inline void store_some(T* p, Vector a, int count) {
+  count == kLanes ? store(p, a) : store_first(p, a, count);
+}
+
 // kLanes neighbouring outputs (fewer at the end of a row): what is loaded once for all rows of a
 // tile.
 struct Outputs {
@@ -89,12 +99,8 @@ struct Outputs {
     bias = to.bias ? take(to.bias) : set(0.0f);
   }
   // These outputs' part of an array of n.
-  F32 take(const float* array) const {
-    return count == kLanes ? load(array + first) : load_first(array + first, count);
-  }
-  I32 take(const int32_t* array) const {
-    return count == kLanes ? load(array + first) : load_first(array + first, count);
-  }
+  F32 take(const float* array) const { return load_some(array + first, count); }
+  I32 take(const int32_t* array) const { return load_some(array + first, count); }
 };
 
 // The scales and weight sums of kLanes outputs.
@@ -114,7 +120,7 @@ static inline void write(const Destination& to, int64_t row, const Outputs& outp
   value = add(value, outputs.bias);
   if (to.activation != GOSSAMER_NONE) value = activate(value, to.activation);
   T* y = static_cast<T*>(to.y) + row * to.stride + outputs.first;
-  outputs.count == kLanes ? store(y, value) : store_first(y, value, outputs.count);
+  store_some(y, value, outputs.count);
 }
 
 // Hint: the lines of y that the end of this tile writes, fetched while it multiplies.

@@ -67,13 +67,13 @@ static inline void multiply_blocks(const int32_t* panel, const gossamer_sparse_i
 // words of a row. Rows that are not there become zeros.
 template <typename LoadWords>
 static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int32_t* panel,
-                              LoadWords load_some) {
+                              LoadWords load_word_vector) {
   for (int64_t r = 0; r < lanes; r += kLanes) {
     for (int64_t c = 0; c < columns; c += kLanes) {
       const int count = lanes_left(columns, c);
       I32 square[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        square[i] = r + i < rows ? load_some(r + i, c, count) : set(int32_t{0});
+        square[i] = r + i < rows ? load_word_vector(r + i, c, count) : set(int32_t{0});
       transpose(square);
       for (int i = 0; i < count; ++i) store(panel + (c + i) * lanes + r, square[i]);
     }
@@ -87,7 +87,7 @@ static inline void pack_floats(const FloatTile& x, int64_t columns, int64_t lane
     pack_lanes(x.rows, columns, lanes, reinterpret_cast<int32_t*>(panel),
                [&](int64_t row, int64_t column, int count) {
                  const auto* at = data + row * x.stride + column;
-                 return as_i32(count == kLanes ? load(at) : load_first(at, count));
+                 return as_i32(load_some(at, count));
                });
   });
 }

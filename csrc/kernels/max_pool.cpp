@@ -24,8 +24,8 @@ void max_pool(const uint8_t* q, const gossamer_conv& c, Range pixels, uint8_t* y
       for (int64_t j = 0; j < c.kernel_w; ++j) {
         window.each_block(i, j, v, image, blocks, 0, [&](int64_t b, I32 words) {
           int32_t* at = to + b * plane;
-          if (i + j > 0) words = max_bytes(words, left == kLanes ? load(at) : load_first(at, left));
-          left == kLanes ? store(at, words) : store_first(at, words, left);
+          if (i + j > 0) words = max_bytes(words, load_some(at, left));
+          store_some(at, words, left);
         });
       }
     }

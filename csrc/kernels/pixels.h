@@ -13,13 +13,6 @@ constexpr int kMaxVectors = kMaxPixels / kLanes;
 
 static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
 
-static inline I32 load_some(const int32_t* p, int count) {
-  return count == kLanes ? load(p) : load_first(p, count);
-}
-static inline void store_some(int32_t* p, I32 words, int count) {
-  count == kLanes ? store(p, words) : store_first(p, words, count);
-}
-
 // Where the pixels of a tile find their words under a tap, a vector of them at a time.
 class Window {
  public:
@@ -204,9 +197,7 @@ struct Epilogue {
       const Output of = output(o);
       T* y = static_cast<T*>(image.to.y) + o * image.to.stride + x.pixels.begin;
       for (int64_t p = 0; p < count; p += kLanes) {
-        const F32 value = activated(of(load(sums + p)));
-        const int left = lanes_left(count, p);
-        left == kLanes ? store(y + p, value) : store_first(y + p, value, left);
+        store_some(y + p, activated(of(load(sums + p))), lanes_left(count, p));
       }
     }
   }

@@ -120,7 +120,7 @@ class Pixels {
       for (int64_t p = 0; p < pieces.count; ++p) {
         const Piece& piece = pieces.list[p];
         const T* from = images + piece.offset;
-        store(panel + piece.lane, stride == 1 ? load_some(from, piece.count)
+        store(panel + piece.lane, stride == 1 ? load_some(from, static_cast<int>(piece.count))
                                   : piece.count == kLanes && stride == 2
                                       ? load_apart<2>(from)
                                       : load_apart(from, stride, piece.count));
@@ -128,10 +128,6 @@ class Pixels {
     }
   }
 
-  template <typename T>
-  static F32 load_some(const T* from, int64_t count) {
-    return count == kLanes ? load(from) : load_first(from, static_cast<int>(count));
-  }
   template <typename T>
   static F32 load_apart(const T* from, int64_t stride, int64_t count) {
     T line[kLanes] = {};
@@ -184,10 +180,9 @@ static inline void write_planes(const float* sums, int64_t lanes, int64_t rows, 
         const F32 bias = set(to.bias ? to.bias[o] : 0.0f);
         for (int64_t i = 0; i < count; i += kLanes) {
           const int left = lanes_left(count, i);
-          F32 v = left == kLanes ? load(from + i) : load_first(from + i, left);
-          v = add(value(v, lane + i), bias);
+          F32 v = add(value(load_some(from + i, left), lane + i), bias);
           if (to.activation != GOSSAMER_NONE) v = activate(v, to.activation);
-          left == kLanes ? store(y + i, v) : store_first(y + i, v, left);
+          store_some(y + i, v, left);
         }
       }
     }

@@ -73,7 +73,7 @@ void spmm_int8(const QuantizedTile& x, const gossamer_sparse_int8& w, Range chun
   pack_lanes(x.rows, ceil_div(w.index.k, 4), lanes, panel,
              [&](int64_t row, int64_t column, int count) {
                const int32_t* at = reinterpret_cast<const int32_t*>(x.q + row * x.stride) + column;
-               return count == kLanes ? load(at) : load_first(at, count);
+               return load_some(at, count);
              });
   by_vectors(lanes, [&](auto v) { chunks_of<decltype(v)::value>(x, w, chunks, to, panel); });
 }

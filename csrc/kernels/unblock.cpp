@@ -21,12 +21,11 @@ void unblock(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels, 
       auto* to = static_cast<decltype(type)*>(y) + 4 * b * pixels;
       for (int64_t p = 0; p < pixels; p += kLanes) {
         const int left = lanes_left(pixels, p);
-        const I32 four = left == kLanes ? load(words + p) : load_first(words + p, left);
+        const I32 four = load_some(words + p, left);
         const auto write = [&](int i, I32 byte) {
           if (4 * b + i >= channels) return;
           const F32 value = mul(to_f32(sub(byte, zero)), scale);
-          auto* at = to + i * pixels + p;
-          left == kLanes ? store(at, value) : store_first(at, value, left);
+          store_some(to + i * pixels + p, value, left);
         };
         write(0, unsigned_byte(four, 0)), write(1, unsigned_byte(four, 1));
         write(2, unsigned_byte(four, 2)), write(3, unsigned_byte(four, 3));
