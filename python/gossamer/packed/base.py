@@ -40,10 +40,12 @@ class Packed(nn.Module):
         format: the `Format` it was packed with.
         kernel: name of the operator that multiplies it.
         trainable: gradients flow through `multiply`, to x, to the weight and to the bias.
+        convolves: blocked images too, where the format is static.
     """
 
     kernel: str
     trainable = False
+    convolves = False
     BUFFERS: ClassVar[dict[str, torch.dtype]]
 
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
@@ -270,7 +272,17 @@ class Packed(nn.Module):
         Of static int8 formats only: the scale and zero point of q are this weight's x_affine.
         Arguments as in `gossamer.ops.conv_int8`.
         """
-        raise NotImplementedError(f"{self.format} does not multiply blocked images")
+        if not self.convolves:
+            raise NotImplementedError(f"{self.format} does not multiply blocked images")
+        affine = self._tensors().get("x_affine")
+        if affine is None:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        images = (affine, bias, y_affine, residual, residual_affine)
+        return self._convolve(q, (*images, self.k, activation, conv))
+
+    def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
+        """`convolve`: its operator, with what follows the weight's buffers."""
+        raise NotImplementedError
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (n, k) float32."""

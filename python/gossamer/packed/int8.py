@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,7 @@ class PackedInt8(_Int8Panels):
     wsum: Tensor
 
     kernel = "gemm_int8"
+    convolves = True
     BUFFERS: ClassVar = {"panels": torch.int8, "scale": torch.float32, "wsum": torch.int32}
 
     def _validate(self) -> None:
@@ -119,22 +120,9 @@ class PackedInt8(_Int8Panels):
             x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
         )
 
-    def convolve(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        activation: int,
-        conv: list[int],
-        y_affine: Tensor,
-        residual: Tensor | None = None,
-        residual_affine: Tensor | None = None,
-    ) -> Tensor:
+    def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
         b = self._tensors()
-        if "x_affine" not in b:
-            raise ValueError(f"{self.format} has no range for its input: only static formats have")
-        weight = (b["panels"], b["scale"], b["wsum"], b["x_affine"])
-        images = (bias, y_affine, residual, residual_affine)
-        return ops.conv_int8(q, *weight, *images, self.k, activation, conv)
+        return ops.conv_int8(q, b["panels"], b["scale"], b["wsum"], *tail)
 
 
 class PackedW8(_Int8Panels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class PackedSparseInt8(_Indexed):
     wsum: Tensor
 
     kernel = "spmm_int8"
+    convolves = True
     UNIT = 4
     BUFFERS: ClassVar = {
         "values": torch.int8,
@@ -171,22 +172,10 @@ class PackedSparseInt8(_Indexed):
         affine, bitmap = b.get("x_affine"), b.get("bitmap")
         return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, bitmap)
 
-    def convolve(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        activation: int,
-        conv: list[int],
-        y_affine: Tensor,
-        residual: Tensor | None = None,
-        residual_affine: Tensor | None = None,
-    ) -> Tensor:
+    def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
         b = self._tensors()
-        if "x_affine" not in b:
-            raise ValueError(f"{self.format} has no range for its input: only static formats have")
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        images = (b["x_affine"], bias, y_affine, residual, residual_affine)
-        return ops.conv_spmm_int8(q, *weight, *images, self.k, activation, conv)
+        return ops.conv_spmm_int8(q, *weight, *tail)
 
     def unpack(self) -> Tensor:
         weight = self.scale.new_zeros(self.n, round_up(self.k, 4))
