@@ -95,12 +95,15 @@ def finish(value, bias, output, n, ACTIVATION: tl.constexpr, BIAS: tl.constexpr)
 
 
 @triton.jit
-def dequantize(sums, x_scale, x_zero, scale, wsum, output, n):
+def dequantize(sums, x_scale, x_zero, row, m, sharing, scale, wsum, output, n):
     """float(sums - zero * wsum) * (x_scale * scale); sums (rows, outputs) int32.
 
-    The integers that were summed are 128 less than x's unsigned bytes, and so is x_zero.
+    `sharing` rows after each other have one scale and zero point. The integers that were summed are
+    128 less than x's unsigned bytes, and so is x_zero.
     """
+    group = tl.minimum(row, m - 1) // sharing
+    own_scale, own_zero = tl.load(x_scale + group), tl.load(x_zero + group)
     weight_sum = tl.load(wsum + output, mask=output < n, other=0)
     weight_scale = tl.load(scale + output, mask=output < n, other=0.0)
-    exact = sums - x_zero[:, None] * weight_sum[None, :]
-    return exact.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
+    exact = sums - own_zero[:, None] * weight_sum[None, :]
+    return exact.to(tl.float32) * (own_scale[:, None] * weight_scale[None, :])

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .epilogue import dequantize, finish
-from .operands import corner, launch, programs, put, result_of, way_to
+from .operands import corner, dense_step, launch, programs, put, result_of, way_to
 from .quantize_rows import quantized
 from .tiles import Tile, chip, choose
 
@@ -53,17 +53,9 @@ def _gemm_int8(
     for begin in range(0, k, INPUTS):
         column = begin + tl.arange(0, INPUTS)
         way = way_to(column, taps, channels, tap_line, tap_step, CONV)
-        if WHOLE:
-            a = tl.load(x + start[:, None] + way[None, :])
-            b = tl.load(weights + column[None, :])
-        else:
-            a = tl.load(x + start[:, None] + way[None, :], mask=column[None, :] < k, other=0)
-            b = tl.load(weights + column[None, :], mask=column[None, :] < k, other=0)
+        a, b = dense_step(x, start, way, weights, column, k, WHOLE)
         sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
-    group = tl.minimum(row, m - 1) // sharing
-    value = dequantize(
-        sums, tl.load(x_scale + group), tl.load(x_zero + group), scale, wsum, output, n
-    )
+    value = dequantize(sums, x_scale, x_zero, row, m, sharing, scale, wsum, output, n)
     value = finish(value, bias, output, n, ACTIVATION, BIAS)
     put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
 

@@ -19,7 +19,7 @@ from torch.library import triton_op, wrap_triton
 
 from .epilogue import finish
 from .gemm_int8 import by_rows
-from .operands import corner, float_rows, launch, programs, put, result_of, way_to
+from .operands import corner, dense_step, float_rows, launch, programs, put, result_of, way_to
 from .tiles import Tile, chip, choose
 
 TILES = (
@@ -47,12 +47,7 @@ def _gemm_w8(
     for begin in range(0, k, INPUTS):
         column = begin + tl.arange(0, INPUTS)
         way = way_to(column, taps, channels, tap_line, tap_step, CONV)
-        if WHOLE:
-            a = tl.load(x + start[:, None] + way[None, :])
-            b = tl.load(weights + column[None, :])
-        else:
-            a = tl.load(x + start[:, None] + way[None, :], mask=column[None, :] < k, other=0.0)
-            b = tl.load(weights + column[None, :], mask=column[None, :] < k, other=0)
+        a, b = dense_step(x, start, way, weights, column, k, WHOLE)
         sums = tl.dot(a, b.to(a.dtype).T, sums, input_precision=PRECISION)
     own = tl.load(scale + output, mask=output < n, other=0.0)
     value = (sums + sums * 0.0) * own[None, :]

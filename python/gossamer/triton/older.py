@@ -11,10 +11,11 @@ from torch import Tensor
 
 from gossamer import reference
 from gossamer.ops import ACTIVATIONS
+from gossamer.packed.int4 import VALUES
 
 from .gemm_int8 import by_rows
 
-INT4_VALUES = (-32, -25, -20, -15, -12, -8, -5, -3, 0, 3, 6, 9, 12, 16, 21, 27)
+INT4_VALUES = VALUES.tolist()
 im2col = reference.im2col
 quantize_rows = reference.quantize_rows
 

@@ -124,6 +124,21 @@ def way_to(k, taps, channels, tap_line, tap_step, CONV: tl.constexpr):
 
 
 @triton.jit
+def dense_step(x, start, way, weights, column, k, WHOLE: tl.constexpr):
+    """Columns of x (rows, columns) and of the weights (outputs, columns); zeros from k on.
+
+    WHOLE: k is a multiple of a step, and nothing is masked.
+    """
+    if WHOLE:
+        a = tl.load(x + start[:, None] + way[None, :])
+        b = tl.load(weights + column[None, :])
+    else:
+        a = tl.load(x + start[:, None] + way[None, :], mask=column[None, :] < k, other=0)
+        b = tl.load(weights + column[None, :], mask=column[None, :] < k, other=0)
+    return a, b
+
+
+@triton.jit
 def corner(
     m, n, plane, width, image_step, line_step, row_step,
     CONV: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,

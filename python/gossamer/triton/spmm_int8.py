@@ -56,10 +56,7 @@ def _spmm_int8(
         every = stored[:, :, None] & (tl.arange(0, 4) >= 0)[None, None, :]
         b = tl.load(place, mask=every, other=0).reshape(OUTPUTS, INPUTS)
         sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
-    group = tl.minimum(row, m - 1) // sharing
-    value = dequantize(
-        sums, tl.load(x_scale + group), tl.load(x_zero + group), scale, wsum, output, n
-    )
+    value = dequantize(sums, x_scale, x_zero, row, m, sharing, scale, wsum, output, n)
     value = finish(value, bias, output, n, ACTIVATION, BIAS)
     put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
 
