@@ -23,8 +23,12 @@ constexpr int kGemmPanels = 2;
 constexpr int kInt4Rows = 6;
 constexpr int kInt4Panels = 2;
 constexpr int kInt4RowPanels = 4;
-// 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts: 26 of 32 registers.
-constexpr int kConvVectors = 4;
+// 4 outputs x 2 vectors of sums, 4 of pixels, 2 broadcasts: 14 of 32 registers. 4 vectors fit too,
+// but gcc 12 then spills in the loop: about 28 ms for the 24.4 that ResNet-50's layers take.
+constexpr int kConvVectors = 2;
+// conv_spmm_int8 turns each output's sums to bytes in registers, where it can: ResNet-50's layers
+// at 90 % take 6.8 ms so, 7.4 four outputs at a time.
+constexpr bool kBytesByOutput = true;
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 

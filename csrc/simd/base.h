@@ -25,6 +25,8 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // Tile of conv_int8: four outputs x this many vectors of pixels.
 constexpr int kConvVectors = 2;
+// conv_spmm_int8 turns each output's sums to bytes in registers, where it can.
+constexpr bool kBytesByOutput = false;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 

@@ -23,6 +23,8 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts, a correction: 27 of 32. Not measured.
 constexpr int kConvVectors = 4;
+// See avx2.h. Not measured.
+constexpr bool kBytesByOutput = false;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
