@@ -10,6 +10,7 @@ from .epilogues import fuse_activations
 from .fold import fold
 from .graph import drop_what_passes, name_apart, out_of_place, record
 from .merge import merge_linears
+from .pieces import images_at_once
 from .plan import make_plan
 from .rewrite import rewrite
 from .rows import FusedRow, FuseReport, report_of
@@ -34,6 +35,9 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     conv, activation, max-pooling, conv give the bits of the unfused model. Where BatchNorm was
     folded, sums of floats are rounded otherwise; residuals and means, which the unfused model has
     in floats, are rounded to the 8 bits of the range that the example shows.
+
+    Where all nodes are known to treat each image by itself, a batch runs in pieces of as many
+    images as leave values of 4 MB, an image a thread at least.
 
     The module takes inputs of other sizes and batches than the example's, as far as the model does;
     its results do not depend on what else is in the batch. Values that go back to floats have the
@@ -74,10 +78,12 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     fold(graph)
     fuse_activations(graph)
     merge_linears(fused)
-    rewrite(fused, make_plan(graph))
+    plan = make_plan(graph)
+    images = images_at_once(graph, plan)
+    rewrite(fused, plan)
     fused.delete_all_unused_submodules()
     fused.recompile()
-    fused.meta["report"] = report_of(graph)
+    fused.meta.update(report=report_of(graph), images=images)
     for node in graph.nodes:
         node.meta.clear()
     return fused

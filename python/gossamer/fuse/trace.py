@@ -7,10 +7,12 @@ taken apart into operators: there would be nothing left to fuse.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
+import math
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +36,37 @@ class Fused(fx.GraphModule):
     def report(self) -> Any:
         """One row a node: what runs there, what was fused into it, and why not."""
         return self.meta["report"]
+
+    def recompile(self) -> fx.graph.PythonCode:
+        """As fx does; `forward` then takes large batches in pieces."""
+        code = super().recompile()
+        cls: Any = type(self)
+        cls.forward = _in_pieces(cls.forward)
+        return code
+
+
+def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward of a GraphModule that takes as many images at once as its meta["images"] says.
+
+    Of large batches, each thread has an image of its own at least. What is traced or compiled has
+    the whole batch.
+    """
+
+    @functools.wraps(forward)
+    def pieces_of(self: fx.GraphModule, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.meta.get("images"):
+            return forward(self, *inputs)
+        at_once = max(self.meta["images"], torch.get_num_threads())
+        alike = all(type(x) is Tensor and x.dim() == 4 for x in inputs)
+        batch = inputs[0].size(0) if alike else 0
+        if batch <= at_once or any(x.size(0) != batch for x in inputs):
+            return forward(self, *inputs)
+        count = math.ceil(batch / at_once)
+        pieces = zip(*(x.tensor_split(count) for x in inputs), strict=True)
+        results = [forward(self, *piece) for piece in pieces]
+        return _pytree.tree_map(lambda *parts: torch.cat(parts), *results)
+
+    return pieces_of
 
 
 def twin(module: _M) -> _M:
