@@ -24,8 +24,11 @@ class Window {
     for (int64_t i = 0; i < width; ++i) {
       if (i % kLanes == 0) {
         const int64_t last = kLanes < count - i ? kLanes : count - i;
-        const bool one_row = conv.stride_w == 1 && column + last <= conv.out_w;
-        joined_[i / kLanes] = same || one_row;
+        const bool one_row = column + last <= conv.out_w;
+        rows_[i / kLanes] = {row * conv.stride_h - conv.pad_top,
+                             column * conv.stride_w - conv.pad_left,
+                             one_row && last == kLanes && conv.stride_w <= 2};
+        joined_[i / kLanes] = same || (one_row && conv.stride_w == 1);
       }
       // A lane without a pixel is outside of the image.
       top[i] = static_cast<int32_t>(i < count ? row * conv.stride_h - conv.pad_top : INT32_MIN / 2);
@@ -43,8 +46,18 @@ class Window {
   template <typename Take>
   void each_block(int64_t tap_row, int64_t tap_column, int v, const int32_t* image, int64_t blocks,
                   int32_t outside, Take take) const {
-    const auto number = [](int64_t value) { return set(static_cast<int32_t>(value)); };
     const int64_t plane = conv_.height * conv_.width;
+    const Row& row = rows_[v];
+    const int64_t top = row.top + tap_row * conv_.dilation_h,
+                  left = row.left + tap_column * conv_.dilation_w,
+                  right = left + (kLanes - 1) * conv_.stride_w;
+    if (row.whole && top >= 0 && top < conv_.height && left >= 0 && right < conv_.width) {
+      image += top * conv_.width + left;
+      for (int64_t b = 0; b < blocks; ++b, image += plane)
+        take(b, conv_.stride_w == 1 ? load(image) : load_every_other(image, kLanes));
+      return;
+    }
+    const auto number = [](int64_t value) { return set(static_cast<int32_t>(value)); };
     const I32 y = add(top_[v], number(tap_row * conv_.dilation_h)),
               x = add(left_[v], number(tap_column * conv_.dilation_w));
     // Negative outside, then -1 inside and 0 outside.
@@ -67,6 +80,12 @@ class Window {
  private:
   const gossamer_conv& conv_;
   I32 top_[kMaxVectors], left_[kMaxVectors];
+  // The place of a vector's first lane. whole: all lanes are pixels of one row, side by side or with
+  // one between; where a tap finds them all inside of the image, they are one or two loads.
+  struct Row {
+    int64_t top, left;
+    bool whole;
+  } rows_[kMaxVectors];
   // The words of a vector are neighbours: of one row, or where rows follow each other as in y.
   bool joined_[kMaxVectors];
 };

@@ -193,6 +193,10 @@ static inline float reduce_add(F32 a) {
 }
 static inline F32 as_f32(I32 a) { return {_mm256_castsi256_ps(a.v)}; }
 static inline I32 as_i32(F32 a) { return {_mm256_castps_si256(a.v)}; }
+static inline I32 every_other(I32 a, I32 b) {
+  const __m256 quads = _mm256_shuffle_ps(as_f32(a).v, as_f32(b).v, _MM_SHUFFLE(3, 1, 2, 0));
+  return {_mm256_permute4x64_epi64(_mm256_castps_si256(quads), _MM_SHUFFLE(3, 1, 2, 0))};
+}
 static inline void transpose(I32 (&r)[kLanes]) {
   // Pairs of 32-bit lanes, then of 64-bit, then of 128-bit halves.
   __m256i t[8], u[8];

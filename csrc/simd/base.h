@@ -272,6 +272,10 @@ static inline I32 as_i32(F32 a) {
   memcpy(&r, &a, sizeof r);
   return r;
 }
+// Lanes 0, 2, ... of a, then lanes 1, 3, ... of b.
+static inline I32 every_other(I32 a, I32 b) {
+  return each<I32>([&](int i) { return i < kLanes / 2 ? a.v[2 * i] : b.v[2 * i + 1 - kLanes]; });
+}
 
 // The int8 dot: sum + x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that
 // the products of bytes (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas

@@ -170,6 +170,9 @@ static inline float reduce_min(F32 a) { return vminvq_f32(a.v); }
 static inline float reduce_add(F32 a) { return vaddvq_f32(a.v); }
 static inline F32 as_f32(I32 a) { return {vreinterpretq_f32_s32(a.v)}; }
 static inline I32 as_i32(F32 a) { return {vreinterpretq_s32_f32(a.v)}; }
+static inline I32 every_other(I32 a, I32 b) {
+  return {vcombine_s32(vget_low_s32(vuzp1q_s32(a.v, a.v)), vget_low_s32(vuzp2q_s32(b.v, b.v)))};
+}
 static inline void transpose(I32 (&r)[kLanes]) {
   // Pairs of 32-bit lanes, then of 64-bit.
   const int32x4x2_t low = vtrnq_s32(r[0].v, r[1].v), high = vtrnq_s32(r[2].v, r[3].v);

@@ -296,6 +296,11 @@ bool check_moves() {
   store(back, load_at(words, load(backwards), load(where)));
   for (int i = 0; i < kLanes; ++i)
     right = right && require("load_at", back[i] == (where[i] & words[kLanes - 1 - i]));
+  store(back, every_other(load(words), load(backwards)));
+  for (int i = 0; i < kLanes; ++i) {
+    const int32_t lane = i < kLanes / 2 ? words[2 * i] : backwards[2 * i + 1 - kLanes];
+    right = right && require("every_other", back[i] == lane);
+  }
   first[kLanes - 1] = 0;
   store_first(first, load(words), kLanes - 1);
   words[kLanes - 1] = 0;
