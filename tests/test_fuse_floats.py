@@ -178,3 +178,47 @@ def test_an_ill_image_is_an_error(ill: float) -> None:
     x[1, 2, 3, 4] = ill
     with pytest.raises(RuntimeError, match="NaN or an Inf"):
         run(fused, x)
+
+
+def test_max_pools_of_floats_run_with_channels_innermost() -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 8, 3), nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.max_pool2d(self.pool(self.conv(x)), (2, 3), stride=1)
+            return y
+
+    model, x = Pools().eval(), images()
+    gs.compress_(model, gs.Sparse())
+    fused = gs.fuse(model, x)
+    assert [row.runs for row in fused.report][1:] == ["LastMaxPool2d", "LastMaxPool2d"]
+    x[0, 0, 5, 5] = torch.nan
+    got = run(fused, x)
+    assert torch.equal(got.isnan(), run(model, x).isnan())
+    assert same_bits(got.nan_to_num(), run(model, x).nan_to_num())
+    assert got.is_contiguous()
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert run(fused, last).is_contiguous(memory_format=torch.channels_last)
+    one = run(gs.fuse(model, x[0]), x[0])  # an image without a batch
+    assert same_bits(one.nan_to_num(), run(model, x[0]).nan_to_num())
+
+
+def test_sums_are_written_over_what_they_alone_read() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            own, read = self.one(x), self.two(x)
+            wide = self.two(x[:1])
+            return torch.relu(x + own), read + x, read, F.relu(wide + x)
+
+    model, x = Sums().eval(), images()
+    gs.compress_(model, gs.Sparse())
+    fused, before = gs.fuse(model, x), x.clone()
+    assert all(map(same_bits, run(fused, x), run(model, x)))
+    assert same_bits(x, before)
+    assert [n.target for n in fused.graph.nodes if n.op == "call_method"] == ["add_", "relu_"]

@@ -169,7 +169,8 @@ static inline float reduce_add(F32 a) { return _mm512_reduce_add_ps(a.v); }
 static inline F32 as_f32(I32 a) { return {_mm512_castsi512_ps(a.v)}; }
 static inline I32 as_i32(F32 a) { return {_mm512_castps_si512(a.v)}; }
 static inline I32 every_other(I32 a, I32 b) {
-  const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+  const __m512i lanes =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
   return {_mm512_permutex2var_epi32(a.v, lanes, b.v)};
 }
 static inline void transpose(I32 (&r)[kLanes]) {

@@ -267,10 +267,9 @@ bool check_moves() {
   prefetch(bytes);
   store(back, load_words(bytes));
   bool right = require("load_words", memcmp(back, bytes, sizeof back) == 0);
-  store(back, set_word(bytes));
+  store(back, set_word(bytes)), store(first, set(words[0]));
   for (const int32_t lane : back) right = right && require("set_word", lane == words[0]);
-  store(back, set(words[0]));
-  for (const int32_t lane : back) right = right && require("set", lane == words[0]);
+  for (const int32_t lane : first) right = right && require("set", lane == words[0]);
   float floats[kLanes];
   store(floats, set(1.5f));
   for (const float lane : floats) right = right && require("set", lane == 1.5f);
@@ -286,20 +285,17 @@ bool check_moves() {
   for (int i = 0; i < kLanes * 4; ++i)
     right = right && require("decode", codes[i] == kInt4Values[bytes[i] & 15] &&
                                            high[i] == kInt4Values[bytes[i] >> 4]);
-  int32_t where[kLanes];
-  for (int i = 0; i < kLanes; ++i) where[i] = -static_cast<int32_t>(random_bits() % 2);
+  int32_t where[kLanes], backwards[kLanes], other[kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    where[i] = -static_cast<int32_t>(random_bits() % 2), backwards[i] = kLanes - 1 - i;
   store(back, load_where(words, load(where)));
-  for (int i = 0; i < kLanes; ++i)
-    right = right && require("load_where", back[i] == (where[i] & words[i]));
-  int32_t backwards[kLanes];
-  for (int i = 0; i < kLanes; ++i) backwards[i] = kLanes - 1 - i;
-  store(back, load_at(words, load(backwards), load(where)));
-  for (int i = 0; i < kLanes; ++i)
-    right = right && require("load_at", back[i] == (where[i] & words[kLanes - 1 - i]));
-  store(back, every_other(load(words), load(backwards)));
+  store(first, load_at(words, load(backwards), load(where)));
+  store(other, every_other(load(words), load(backwards)));
   for (int i = 0; i < kLanes; ++i) {
     const int32_t lane = i < kLanes / 2 ? words[2 * i] : backwards[2 * i + 1 - kLanes];
-    right = right && require("every_other", back[i] == lane);
+    right = right && require("load_where", back[i] == (where[i] & words[i])) &&
+            require("load_at", first[i] == (where[i] & words[kLanes - 1 - i])) &&
+            require("every_other", other[i] == lane);
   }
   first[kLanes - 1] = 0;
   store_first(first, load(words), kLanes - 1);
@@ -383,12 +379,11 @@ bool check_quads_of() {
          require("quads of bytes", memcmp(got_totals, want_totals, sizeof got_totals) == 0);
 }
 bool check_quads() {
-  for (int round = 0; round < kRounds; ++round) {
-    if (!check_quads_of<1>() || !check_quads_of<2>() || !check_quads_of<3>() ||
-        !check_quads_of<4>())
-      return false;
-  }
-  return true;
+  bool right = true;
+  for (int round = 0; right && round < kRounds; ++round)
+    right =
+        check_quads_of<1>() && check_quads_of<2>() && check_quads_of<3>() && check_quads_of<4>();
+  return right;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .epilogues import fuse_activations
+from .floats import settle_floats
 from .fold import fold
 from .graph import drop_what_passes, name_apart, out_of_place, record
 from .merge import merge_linears
@@ -81,6 +82,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     plan = make_plan(graph)
     images = images_at_once(graph, plan)
     rewrite(fused, plan)
+    settle_floats(fused)
     fused.delete_all_unused_submodules()
     fused.recompile()
     fused.meta.update(report=report_of(graph), images=images)
