@@ -1,7 +1,8 @@
 """The Triton kernels on a GPU, against torch: python bench/gpu.py [--out folder], under 9 minutes.
 
 First the tests of the kernels run on the GPU, at most 3 minutes. Then layers of Llama and BERT are
-timed with 1 to 8192 rows, by CUDA events: every competitor has its turn in each round, inputs and
+timed with 1 to 8192 rows, and training steps (forward, gradients of input and weight) of dense and
+sparse ones, by CUDA events: every competitor has its turn in each round, inputs and
 weights rotate through more memory than the L2 cache holds, and medians count. Written are gpu.json,
 gpu.md and gpu.png: microseconds, TFLOP/s (of the dense product, whatever is skipped), and what
 share of this chip's roofline that is, whose ceilings the same run measures first.
@@ -44,12 +45,20 @@ LAYERS = {
     "bert-large.ffn.up": (1024, 4096),
 }
 ROWS = (1, 8, 32, 128, 512, 2048, 8192)
-FORMATS = {
-    "Int8": gs.Int8(),
-    "Int8 weights only": gs.Int8(activations="none"),
-    "Int4": gs.Int4(),
-    "SparseInt8 90 %": gs.SparseInt8(),
-    "Sparse 90 %": gs.Sparse(),
+TRAINING_ROWS = (512, 8192)
+# A format, and the outputs x inputs of the blocks of which a tenth stays.
+FORMATS: dict[str, tuple[Any, tuple[int, int] | None]] = {
+    "Int8": (gs.Int8(), None),
+    "Int8 weights only": (gs.Int8(activations="none"), None),
+    "Int4": (gs.Int4(), None),
+    "SparseInt8 90 %": (gs.SparseInt8(), (1, 4)),
+    "SparseInt8 90 % 32x32": (gs.SparseInt8(), (32, 32)),
+    "Sparse 90 %": (gs.Sparse(), (1, 1)),
+    "Sparse 90 % 32x32": (gs.Sparse(), (32, 32)),
+}
+TRAINED: dict[str, tuple[Any, tuple[int, int] | None]] = {
+    "Sparse 90 %": (gs.Sparse(trainable=True), (1, 1)),
+    "Sparse 90 % 32x32": (gs.Sparse(trainable=True), (32, 32)),
 }
 SECONDS = 330  # for all timings: what is left then is listed as not measured
 TESTS_SECONDS = 180
@@ -86,6 +95,7 @@ class Contender:
     call: Callable[[Tensor, Any], Any]
     prepare: Callable[[Tensor], Tensor] = Tensor.half  # what x is made to beforehand
     least_rows: int = 1
+    products: int = 1  # of the size of the layer's, in a call
 
 
 def copies(nbytes: float, cache: float) -> int:
@@ -97,31 +107,62 @@ def copies(nbytes: float, cache: float) -> int:
     return max(2, int(2 * cache / nbytes) + 2)
 
 
-def pruned(weight: Tensor, block: int) -> Tensor:
-    """A tenth of its blocks of 1 x block stay, by size.
+def pruned(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """A tenth of its blocks of outputs x inputs stay, by size.
 
-    >>> int(pruned(torch.arange(40.0).view(1, 40), 4).count_nonzero())
-    4
+    >>> int(pruned(torch.arange(80.0).view(2, 40), (2, 4)).count_nonzero())
+    8
     """
-    size = weight.abs().view(weight.shape[0], -1, block).sum(-1)
+    height, width = block
+    tiles = weight.abs().unflatten(0, (-1, height)).unflatten(2, (-1, width))
+    size = tiles.sum((1, 3))
     least = size.flatten().sort().values[int(0.9 * size.numel())]
-    return weight * (size >= least).repeat_interleave(block, 1)
+    return weight * (size >= least).repeat_interleave(height, 0).repeat_interleave(width, 1)
+
+
+def packed_layers(
+    weight: Tensor, format: Any, block: tuple[int, int] | None, cache: float
+) -> tuple[float, list[Any]]:
+    """Bytes that a product reads of one, and layers packed on the CPU and moved, all alike."""
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(pruned(weight, block) if block else weight)
+    layer: Any = gs.Linear.from_dense(dense, format).cuda()
+    packed = layer.packed
+    nbytes = packed.values.nbytes + packed.bitmap.nbytes if block else packed.nbytes
+    return nbytes, [layer, *(copy.deepcopy(layer) for _ in range(copies(nbytes, cache) - 1))]
 
 
 def ours(weight: Tensor, cache: float) -> Iterator[Contender]:
-    """Each format, packed on the CPU and moved; the weight is on the GPU."""
-    for name, format in FORMATS.items():
-        sparse = isinstance(format, gs.Sparse | gs.SparseInt8)
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        with torch.no_grad():
-            own = pruned(weight, 4 if name.startswith("SparseInt8") else 1) if sparse else weight
-            dense.weight.copy_(own)
-        layer: Any = gs.Linear.from_dense(dense, format).cuda()
-        packed = layer.packed
-        nbytes = packed.values.nbytes + packed.bitmap.nbytes if sparse else packed.nbytes
-        layers = [layer, *(copy.deepcopy(layer) for _ in range(copies(nbytes, cache) - 1))]
-        kind = {"Int8 weights only": "float16", "Sparse 90 %": "tf32"}.get(name, "int8")
+    """Each format; the weight is on the GPU."""
+    for name, (format, block) in FORMATS.items():
+        nbytes, layers = packed_layers(weight, format, block, cache)
+        kind = "tf32" if isinstance(format, gs.Sparse) else "int8"
+        kind = "float16" if name == "Int8 weights only" else kind
         yield Contender(name, kind, nbytes, layers, lambda x, w: w(x))
+
+
+def step(x: Tensor, layer: Any) -> Any:
+    """A training step but for the optimizer: y, and the gradients of x and the weight for y."""
+    with torch.enable_grad():
+        y = layer(x)
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.packed.values
+        return torch.autograd.grad(y, (x, weight), y.detach())
+
+
+def learners(weight: Tensor, cache: float) -> Iterator[Contender]:
+    """What trains: torch in fp16, and sparse weights whose zeros stay."""
+
+    def learner(name: str, kind: str, nbytes: float, layers: list[Any]) -> Contender:
+        prepare = lambda x: x.half().requires_grad_()  # noqa: E731
+        return Contender(name, kind, nbytes, layers, step, prepare, products=3)
+
+    (n, k), item = weight.shape, 2 * weight.numel()
+    dense = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.float16)
+    layers = [copy.deepcopy(dense) for _ in range(copies(item, cache))]
+    yield learner("torch float16", "float16", item, layers)
+    for name, (format, block) in TRAINED.items():
+        yield learner(name, "tf32", *packed_layers(weight, format, block, cache))
 
 
 def theirs(weight: Tensor, cache: float) -> Iterator[Contender]:
@@ -212,22 +253,26 @@ def results(best: Ceilings, deadline: float) -> list[dict[str, Any]]:
     """One row for each layer, number of rows and competitor; none is begun after the deadline."""
     cache = float(torch.cuda.get_device_properties(0).L2_cache_size)
     found = []
-    for layer, (k, n) in LAYERS.items():
+    kinds = [(name, size, False) for name, size in LAYERS.items()]
+    kinds += [(f"{name}, training step", size, True) for name, size in LAYERS.items()]
+    for layer, (k, n), trains in kinds:
         if time.monotonic() > deadline:
             print(f"out of time: {layer} is not measured")
             continue
         weight = torch.randn(n, k, device="cuda") * k**-0.5
-        contenders = [*theirs(weight, cache), *ours(weight, cache)]
-        for m in ROWS:
+        sides = [learners] if trains else [theirs, ours]
+        contenders = [contender for side in sides for contender in side(weight, cache)]
+        for m in TRAINING_ROWS if trains else ROWS:
             many = min(copies(2 * m * k, cache), 64)
             x = [torch.randn(m, k, device="cuda").half() for _ in range(many)]
             running = [c for c in contenders if runs(c, x)]
             times = measure({c.name: turns(c, x) for c in running})
             for c in running:
                 seconds, least = times[c.name], best.seconds(m, k, n, c.weight_bytes, c.kind)
+                least, operations = c.products * least, c.products * 2 * m * k * n
                 found.append(
                     {"layer": layer, "m": m, "k": k, "n": n, "name": c.name, "seconds": seconds}
-                    | {"tflops": 2 * m * k * n / seconds / 1e12, "roofline": least / seconds}
+                    | {"tflops": operations / seconds / 1e12, "roofline": least / seconds}
                     | {"speedup": times["torch float16"] / seconds}
                 )
     return found
@@ -279,7 +324,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 def tests_pass() -> bool:
     """Runs the tests of the kernels on this GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_triton_numbers.py"]
+    files = ["tests/test_triton_numbers.py", "tests/test_triton_blocks.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files]
     try:
         return subprocess.run(command, cwd=ROOT, timeout=TESTS_SECONDS).returncode == 0
     except subprocess.TimeoutExpired:

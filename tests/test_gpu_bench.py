@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from builds import ROOT
+from torch import nn
+
+import gossamer as gs
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,20 @@ def test_the_roofline_is_memory_for_one_row_and_arithmetic_for_many(bench: Any) 
     best = bench.Ceilings(4e12, 1e15, 2e15, 1e14)
     assert best.seconds(1, 4096, 4096, 4096 * 4096, "int8") == (4096 * 4096 + 2 * 8192) / 4e12
     assert best.seconds(8192, 4096, 4096, 4096 * 4096, "int8") == 2 * 8192 * 4096 * 4096 / 2e15
+
+
+def test_a_training_step_has_the_gradients_of_both(bench: Any) -> None:
+    dense = nn.Linear(64, 96, bias=False)
+    with torch.no_grad():
+        dense.weight.copy_(bench.pruned(torch.randn(96, 64), (32, 32)))
+    x = torch.randn(3, 64, requires_grad=True)
+    for name, (format, block) in bench.TRAINED.items():
+        layer = gs.Linear.from_dense(dense, format)
+        of_x, of_values = bench.step(x, layer)
+        want_x, want = bench.step(x, dense)
+        torch.testing.assert_close(of_x, want_x, msg=name)
+        assert block in ((1, 1), (32, 32))
+        torch.testing.assert_close(of_values.sum(), want[dense.weight != 0].sum(), msg=name)
 
 
 def test_turns_rotate_inputs_and_weights(bench: Any) -> None:

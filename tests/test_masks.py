@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import gossamer as gs
+from gossamer.geometry import conv_matrix
 from gossamer.masks import choose
 from gossamer.prune import Pruner, prune_
 from gossamer.scores import energy
@@ -204,3 +206,40 @@ def test_equal_weights_give_equal_masks() -> None:
     one.step()
     two.step()
     assert all(torch.equal(one.masks[name], two.masks[name]) for name in one.masks)
+
+
+@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize("shape", [(70, 45), (64, 96), (20, 6, 3, 3), (3, 5)], ids=str)
+def test_a_square_block_lives_or_dies_as_a_whole(shape: tuple[int, ...], size: int) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(size))
+    kept = torch.ones(shape, dtype=torch.bool)
+    mask = choose({"w": weight.square()}, {"w": kept}, 0.5, f"{size}x{size}")["w"]
+    # Of a convolution, blocks of the matrix that a product reads: (tap, channel up to 4).
+    sizes, lives, real = (
+        conv_matrix(t) if t.dim() == 4 else t for t in (weight.square(), mask, kept)
+    )
+    sums: dict[tuple[int, int], float] = {}
+    states: dict[tuple[int, int], bool] = {}
+    for i, j in itertools.product(range(0, lives.shape[0], size), range(0, lives.shape[1], size)):
+        block, whole, own = (t[i : i + size, j : j + size] for t in (lives, real, sizes))
+        assert torch.equal(block, whole) or not block.any(), "all of its weights or none"
+        sums[i, j], states[i, j] = float(own.sum()), bool(block.any())
+    dropped = [sums[place] for place, alive in states.items() if not alive]
+    assert len(dropped) == min(round(0.5 * len(sums)), len(sums) - 1)
+    assert not dropped or max(dropped) < min(sums[p] for p, alive in states.items() if alive)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "sparsegpt"])
+def test_square_blocks_by_every_score(score: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 20, 3), nn.Flatten(), nn.Linear(20 * 16, 50))
+    with gs.calibrate(model, hessian=True):
+        model(torch.randn(8, 3, 6, 6))
+    report = prune_(model, 0.75, "16x16", "layer", score=score)
+    dead = 0
+    weight = model[2].weight.detach()
+    for i, j in itertools.product(range(0, 50, 16), range(0, 320, 16)):
+        block = weight[i : i + 16, j : j + 16] != 0
+        assert block.all() or not block.any()
+        dead += not block.any()
+    assert dead == 60
+    assert "16 does not divide 50 outputs" in str(report)

@@ -264,7 +264,8 @@ def test_a_state_of_another_model_is_refused() -> None:
         ({"sparsity": None}, "pattern='unstructured' needs a sparsity, such as 0.9"),
         (
             {"pattern": "4:2"},
-            r"pattern='4:2' is unknown: choose one of \['unstructured', '1x4', 'ch",
+            r"pattern='4:2' is unknown: choose one of \['unstructured', '1x4', 'channel', '16x16', "
+            r"'32x32'\]",
         ),
         ({"pattern": "0:4"}, "pattern='0:4' is unknown"),
         ({"pattern": "1:4"}, "sparsity=0.5 is not that of pattern='1:4', which is 0.75: leave it"),

@@ -98,7 +98,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return x if conv is None else reference.im2col(x, conv)
 
     # A bitmap is what GPUs read in place of the index.
-    def spmm(x, values, columns, rows, cells, n, bias, k, _=0, conv=None, bitmap=None):  # type: ignore
+    def spmm(x, values, columns, rows, cells, n, bias, k, _=0, conv=None, *mapped):  # type: ignore
         weight = torch.zeros(n, k, dtype=torch.float64)
         weight[entry_places(n, 1, Index(columns, rows, cells))] = values
         y = rows_of(x, conv) @ weight.T + (0 if bias is None else bias)
@@ -107,7 +107,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         height = (x.shape[2] + conv[6] + conv[7] - conv[4] * (conv[0] - 1) - 1) // conv[2] + 1
         return y.reshape(len(x), height, -1, n).movedim(-1, 1)
 
-    def sddmm(x, dy, columns, rows, cells, n, k, conv=None, bitmap=None):  # type: ignore
+    def sddmm(x, dy, columns, rows, cells, n, k, conv=None, *mapped):  # type: ignore
         dy = dy if conv is None else dy.movedim(1, -1)
         whole = reference.sddmm(rows_of(x, conv).reshape(-1, k), dy.reshape(-1, n))
         return whole[entry_places(n, 1, Index(columns, rows, cells))]

@@ -15,9 +15,12 @@ pytest.importorskip("triton")
 from gossamer.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-TABLES = {
-    stem: sys.modules[f"gossamer.triton.{stem}"].TILES  # type: ignore[attr-defined]
-    for stem in ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
+STEMS = ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
+SPARSE = ("spmm", "spmm_int8")
+# By stem, and whether the weight is in blocks and its steps are listed.
+TABLES = {(stem, False): vars(sys.modules[f"gossamer.triton.{stem}"])["TILES"] for stem in STEMS}
+TABLES |= {
+    (stem, True): vars(sys.modules[f"gossamer.triton.{stem}"])["BLOCK_TILES"] for stem in SPARSE
 }
 INTEGER_STEMS = ("gemm_int8", "gemm_int4", "spmm_int8")
 REGISTERS = 65536  # of a multiprocessor; AMD has 512 vector registers a lane of a SIMD
@@ -72,10 +75,19 @@ def test_shared_memory_and_registers_leave_room(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_tile_is_compiled_and_there_are_few(target: str) -> None:
-    for stem, table in TABLES.items():
+    for kind, table in TABLES.items():
         assert len(table) <= 8
-        found = {tuple(kernel["tile"]) for kernel in products(target) if kernel["stem"] == stem}
-        assert found == {(t.rows, t.outputs, t.inputs) for t in table}, stem
+        own = [kernel for kernel in products(target) if (kernel["stem"], kernel["blocks"]) == kind]
+        found = {tuple(kernel["tile"]) for kernel in own}
+        assert found == {(t.rows, t.outputs, t.inputs) for t in table}, kind
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_steps_in_a_list_are_fetched_ahead(target: str) -> None:
+    # A loop that Triton does not pipeline has no asynchronous copies.
+    listed = [kernel for kernel in products(target) if kernel["blocks"]]
+    assert len(listed) > 4
+    assert all(kernel["copies"] >= kernel["stages"] for kernel in listed)
 
 
 MATRIX = {

@@ -140,7 +140,7 @@ def test_an_old_gpu_has_gradients_and_rows() -> None:
     index = (packed.columns, packed.rows, packed.cells, 33, 100)
     want = ops.sddmm(x, dy, *index)
     with as_on_an_old_gpu():
-        got = ops.sddmm(x, dy, *index, None, packed.bitmap)
+        got = ops.sddmm(x, dy, *index, None, packed.bitmap, packed.steps)
         torch.testing.assert_close(got, want)
         assert torch.equal(ops.quantize_rows(x)[0], reference.quantize_rows(x)[0])
         assert ops.im2col(torch.ones(1, 3, 4, 4), [2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 1]).shape == (

@@ -146,7 +146,8 @@ def test_sddmm(case: Case) -> None:
         return  # a gradient of NaN is not asked for
     index = (packed.columns, packed.rows, packed.cells, case.n, case.k)
     want = ops.sddmm(x, dy, *index)
-    got = run(ops.sddmm, x, dy, *index, None, on_gpu(packed).bitmap)
+    moved = on_gpu(packed)
+    got = run(ops.sddmm, x, dy, *index, None, moved.bitmap, moved.steps)
     size = ops.sddmm(x.abs(), dy.abs(), *index)
     assert_close(got, want.double(), 2 * (case.m + 8) * reference.EPS32 * size + 2.0**-126)
 

@@ -86,8 +86,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def weight_of(stem: str, n: int, k: int) -> tuple[Any, ...]:
+def weight_of(stem: str, n: int, k: int, blocks: bool) -> tuple[Any, ...]:
     """What follows x in the operator's arguments, up to the bias."""
+    steps = empty(100, dtype=torch.int32) if blocks else None
     scale, wsum = empty(n), empty(n, dtype=torch.int32)
     panels = empty(-(-n // 16) * 16, k, dtype=torch.int8).view(-1, 16, k // 4, 4).transpose(1, 2)
     if stem == "gemm_int8":
@@ -99,13 +100,13 @@ def weight_of(stem: str, n: int, k: int) -> tuple[Any, ...]:
         codes = codes.view(-1, 16, k // 8, 4).transpose(1, 2)
         return codes, empty(codes.shape[0], k // 16, 16, dtype=torch.int8), scale, wsum
     if stem == "spmm":
-        return empty(100), empty(n, -(-k // 32), 2, dtype=torch.int32), n
-    words = -(-k // 128)
-    return empty(100, 4, dtype=torch.int8), empty(n, words, 2, dtype=torch.int32), scale, wsum, None
+        return empty(100), empty(n, -(-k // 32), 2, dtype=torch.int32), steps, n
+    bitmap = empty(n, -(-k // 128), 2, dtype=torch.int32)
+    return empty(100, 4, dtype=torch.int8), bitmap, steps, scale, wsum, None
 
 
-def call(stem: str, m: int, dtype: torch.dtype, conv: bool = False) -> None:
-    """One call with m rows, or of a convolution of m x m pixels."""
+def call(stem: str, m: int, dtype: torch.dtype, conv: bool = False, blocks: bool = False) -> None:
+    """One call with m rows, or of a convolution of m x m pixels; of a weight in blocks."""
     n, k = N, 9 * 64 if conv else K
     if stem == "sddmm" and not conv:
         n, k, m = -(-m // 32) * 32, -(-m // 32) * 32, 1024
@@ -115,9 +116,9 @@ def call(stem: str, m: int, dtype: torch.dtype, conv: bool = False) -> None:
     if stem == "sddmm":
         rows = m * m if conv else m
         bitmap = empty(n, k // 32, 2, dtype=torch.int32)
-        operator(x, empty(rows, n, dtype=dtype), bitmap, 100, n, k, geometry)
+        operator(x, empty(rows, n, dtype=dtype), bitmap, None, 100, n, k, geometry)
     else:
-        operator(x, *weight_of(stem, n, k), empty(n), k, 2, geometry)
+        operator(x, *weight_of(stem, n, k, blocks), empty(n), k, 2, geometry)
 
 
 def report(kernel: Any, target: GPUTarget) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def report(kernel: Any, target: GPUTarget) -> dict[str, Any]:
     if target.backend == "cuda":
         ptx = kernel.asm["ptx"]
         found |= usage(kernel.asm["cubin"])
+        found["copies"] = len(re.findall(r"cp\.async\.c[ag]", ptx))
         pattern = r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*"
     else:
         ptx = kernel.asm["amdgcn"]
@@ -163,18 +165,19 @@ def compile_for(name: str) -> list[dict[str, Any]]:
     target = target_of(name)
     rows: list[dict[str, Any]] = []
     done: set[str] = set()
-    for stem, dtype in itertools.product(STEMS, (torch.float16, torch.float32)):
+    kinds = [*((stem, False) for stem in STEMS), ("spmm", True), ("spmm_int8", True)]
+    for (stem, blocks), dtype in itertools.product(kinds, (torch.float16, torch.float32)):
         whole = stem in ("gemm_int8", "gemm_int4", "spmm_int8")
         if whole and dtype == torch.float32:
             continue  # of x, only quantize_rows sees the dtype
         with elsewhere(target) as compiled:
             for m in SIZES:
-                call(stem, m, dtype)
-            call(stem, 56, dtype, conv=True)
+                call(stem, m, dtype, blocks=blocks)
+            call(stem, 56, dtype, conv=True, blocks=blocks)
         for tile, kernel in compiled:
             if kernel.hash not in done:
                 done.add(kernel.hash)
-                about = {"stem": stem, "dtype": str(dtype), "tile": tile}
+                about = {"stem": stem, "blocks": blocks, "dtype": str(dtype), "tile": tile}
                 rows.append(about | report(kernel, target))
     return rows
 

@@ -26,15 +26,19 @@ FORMATS = {
     "5": gs.Sparse(),
     "6": gs.SparseInt8(),
     "7": gs.Int8(activations="none"),
+    "8": gs.Sparse(),
+    "9": gs.SparseInt8(),
 }
 
 
 def compressed() -> nn.Module:
-    """One layer of each stem, with its buffers as a GPU has them."""
+    """One layer of each stem, sparse ones in blocks too, with its buffers as a GPU has them."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 64), nn.GELU(), nn.Linear(64, 40)),
-        *(nn.Linear(40, 33), nn.Linear(33, 8), nn.Linear(8, 16)),
+        *(nn.Linear(40, 33), nn.Linear(33, 8), nn.Linear(8, 96)),
+        *(nn.Linear(96, 96), nn.Linear(96, 16)),
     )
+    gs.prune_(model[8:], 0.7, "32x32", "layer")
     gs.compress_(model, FORMATS)
     for module in model.modules():
         if hasattr(module, "_arrange"):

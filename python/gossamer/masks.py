@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .geometry import conv_matrix, conv_weight
+
 SCOPES = ("global", "layer")
 
 
@@ -22,16 +24,18 @@ class Pattern:
         name: as the user writes it.
         width: inputs of a block; 0 stands for all weights of an output.
         keep, of: at most `keep` of `of` consecutive inputs live; 0 of 0 is no limit.
+        height: outputs of a block.
 
     Example:
         >>> Pattern.named("2:4")
-        Pattern(name='2:4', width=1, keep=2, of=4)
+        Pattern(name='2:4', width=1, keep=2, of=4, height=1)
     """
 
     name: str
     width: int
     keep: int = 0
     of: int = 0
+    height: int = 1
 
     @classmethod
     def named(cls, name: str) -> Pattern:
@@ -40,9 +44,11 @@ class Pattern:
         Raises:
             ValueError: there is none.
         """
-        fixed = {"unstructured": 1, "1x4": 4, "channel": 0}
+        fixed = {"unstructured": (1, 1), "1x4": (1, 4), "channel": (1, 0)}
+        fixed |= {"16x16": (16, 16), "32x32": (32, 32)}
         if name in fixed:
-            return cls(name, fixed[name])
+            height, width = fixed[name]
+            return cls(name, width, height=height)
         n_of_m = re.fullmatch(r"(\d{1,3}):(\d{1,3})", str(name))
         if n_of_m and 0 < int(n_of_m[1]) < int(n_of_m[2]):
             return cls(name, 1, int(n_of_m[1]), int(n_of_m[2]))
@@ -57,9 +63,19 @@ class Pattern:
         return 1 - self.keep / self.of if self.of else None
 
     def blocks(self, weight: Tensor) -> Tensor:
-        """(n, k) or (n, c, kh, kw) as (n, [kh, kw,] blocks, weights of a block), zero-padded."""
+        """(n, k) or (n, c, kh, kw) as (n, [kh, kw,] blocks, weights of a block), zero-padded.
+
+        Of blocks higher than 1, (n / height, blocks, weights of a block): a convolution's lie in
+        its matrix (tap, channel up to 4), which is what a product reads.
+        """
         if not self.width:
             return weight.flatten(1).unsqueeze(1)
+        if self.height > 1:
+            matrix = conv_matrix(weight) if weight.dim() == 4 else weight
+            n, k = matrix.shape
+            padded = F.pad(matrix, (0, -k % self.width, 0, -n % self.height))
+            tiles = padded.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.height))
+            return tiles.transpose(1, 2).flatten(2)
         inputs_last = weight.movedim(1, -1)
         padded = F.pad(inputs_last, (0, -inputs_last.shape[-1] % self.width))
         return padded.reshape(*padded.shape[:-1], -1, self.width)
@@ -69,6 +85,12 @@ class Pattern:
         if not self.width:
             return keep.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
         wide = keep.repeat_interleave(self.width, -1)
+        if self.height > 1:
+            wide = wide.repeat_interleave(self.height, 0)[: shape[0]]
+            if len(shape) == 2:
+                return wide[:, : shape[1]].contiguous()
+            k = shape[2] * shape[3] * (shape[1] + -shape[1] % 4)
+            return conv_weight(wide[:, :k], shape)
         return wide[..., : shape[1]].movedim(-1, 1).contiguous()
 
 

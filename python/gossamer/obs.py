@@ -131,7 +131,8 @@ def prune_weight(
         weight: (n, k), any float dtype.
         hessian: (k, k), see `inverse_factor`.
         sparsity: share of blocks to drop, in [0, 1). "N:M" needs none: 1 - N / M.
-        pattern: "unstructured", "1x4" or "N:M", such as "2:4"; see `masks.Pattern`.
+        pattern: "unstructured", "1x4", "16x16", "32x32" or "N:M", such as "2:4"; see
+            `masks.Pattern`.
         mask: (n, k) bool, False where a weight is gone already and stays at zero: these are the
             first to be dropped. By default none is.
         damping: see `inverse_factor`.
@@ -189,7 +190,7 @@ class _Drop:
         self, columns: Tensor, factor: Tensor, alive: Tensor, form: Pattern, sparsity: float
     ) -> None:
         self.factor, self.alive = factor, alive
-        self.width, self.fewer = form.width, form.of - form.keep
+        self.width, self.height, self.fewer = form.width, form.height, form.of - form.keep
         unit = form.of or form.width
         self.block = max(unit, BLOCK - BLOCK % unit)
         self.stretch = form.of or self.block
@@ -208,15 +209,20 @@ class _Drop:
                 keep = scores.argsort(dim=0, stable=True).argsort(0) >= self.fewer
             else:
                 keep = ~lowest(scores.flatten(), self.counts[j // self.stretch]).view_as(scores)
+            keep = keep.repeat_interleave(self.height, 1)[:, : self.alive.shape[1]]
             self.alive[j : j + self.stretch] &= keep.repeat_interleave(self.width, 0)
         return ahead[0].where(self.alive[j], 0.0)
 
     def _scores(self, j: int, columns: Tensor) -> Tensor:
-        """(blocks, n): the error of dropping each block of the columns j, j + 1, ..; -1 if gone."""
+        """(blocks, n / height): the error of dropping each block from column j on; -1 if gone."""
         width, stop = self.width, j + len(columns)
         tiles = self.factor[j:stop, j:stop].unflatten(0, (-1, width)).unflatten(2, (-1, width))
         u = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (blocks, width, width)
         blocks = columns.unflatten(0, (-1, width))
         lost = torch.linalg.solve_triangular(u.mT, blocks, upper=False).square().sum(1)
-        gone = ~self.alive[j:stop].unflatten(0, (-1, width)).any(1)
+        alive = self.alive[j:stop].unflatten(0, (-1, width)).any(1)
+        # Outputs do not make up for each other: their errors add.
+        short = (0, -lost.shape[1] % self.height)
+        lost = F.pad(lost, short).unflatten(1, (-1, self.height)).sum(2)
+        gone = ~F.pad(alive, short).unflatten(1, (-1, self.height)).any(2)
         return lost.masked_fill(gone, -1.0)

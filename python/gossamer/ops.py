@@ -230,15 +230,16 @@ def spmm(
     activation: int = 0,
     conv: list[int] | None = None,
     bitmap: Tensor | None = None,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse.
 
-    Images are read as they lie, contiguous or channels_last. A GPU reads `bitmap` in place of
-    columns, rows and cells.
+    Images are read as they lie, contiguous or channels_last. A GPU reads `bitmap` and, of a
+    weight in blocks, `steps` in place of columns, rows and cells.
     """
     x_ = _prepare(x, conv, any_layout=True)
     if _on_gpu(x, values):
-        y = _gpu(x.device).spmm(x_, values, _placed(bitmap), n, bias, k, activation, conv)
+        y = _gpu(x.device).spmm(x_, values, _placed(bitmap), steps, n, bias, k, activation, conv)
     else:
         y = _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv)
     return _finish(x, y)
@@ -258,15 +259,16 @@ def spmm_int8(
     activation: int = 0,
     conv: list[int] | None = None,
     bitmap: Tensor | None = None,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8.
 
-    A GPU reads `bitmap` in place of columns, rows and cells.
+    A GPU reads `bitmap` and `steps`, as in `spmm`.
     """
     x_ = _prepare(x, conv, any_layout=True)
     tail = (scale, wsum, x_affine, bias, k, activation, conv)
     if _on_gpu(x, values):
-        y = _gpu(x.device).spmm_int8(x_, values, _placed(bitmap), *tail)
+        y = _gpu(x.device).spmm_int8(x_, values, _placed(bitmap), steps, *tail)
     else:
         y = _spmm_int8(x_, values, columns, rows, cells, *tail)
     return _finish(x, y)
@@ -282,6 +284,7 @@ def sddmm(
     k: int,
     conv: list[int] | None = None,
     bitmap: Tensor | None = None,
+    steps: Tensor | None = None,
 ) -> Tensor:
     """dw[entry of output o, input i] = sum over rows of dy[row, o] * x[row, i]: float32 (entries).
 
@@ -290,13 +293,13 @@ def sddmm(
     Args:
         x: as in `spmm`.
         dy: (..., n), or with `conv` (images, n, out height, out width).
-        columns, rows, cells: the index of w, docs/formats.md, Sparse; on a GPU `bitmap`.
+        columns, rows, cells: the index of w, docs/formats.md, Sparse; on a GPU `bitmap`, `steps`.
         n, k: the shape of w.
     """
     by_row = (dy if conv is None else dy.movedim(1, -1)).reshape(-1, n)
     x_, dy_ = _prepare(x, conv), _prepare(by_row, None)
     if _on_gpu(x, columns):
-        return _gpu(x.device).sddmm(x_, dy_, _placed(bitmap), len(columns), n, k, conv)
+        return _gpu(x.device).sddmm(x_, dy_, _placed(bitmap), steps, len(columns), n, k, conv)
     return _sddmm(x_, dy_, columns, rows, cells, n, k, conv)
 
 

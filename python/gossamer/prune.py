@@ -72,10 +72,11 @@ class Pruner:
             `scope="layer"` also a dict of name patterns to shares: the first that matches decides,
             and a layer that none matches stays dense. Not needed for N:M, which implies it.
         pattern: what goes together. `"unstructured"`: single weights. `"1x4"`: 1 output x 4
-            inputs; in a convolution 4 input channels of one group at one tap. `"2:4"` (or any
-            N:M): at most 2 of 4 consecutive inputs live. `"channel"`: all weights of an output.
-            Where the width does not divide the inputs the last block of a row is short, and the
-            report says so.
+            inputs; in a convolution 4 input channels of one group at one tap. `"16x16"`, `"32x32"`:
+            16 outputs x 16 inputs, of which GPUs skip what is empty; in a convolution 16 columns
+            of its matrix (tap, channel up to 4). `"2:4"` (or any N:M): at most 2 of 4 consecutive
+            inputs live. `"channel"`: all weights of an output. Where the size of a block does not
+            divide the weight's the last ones are short, and the report says so.
         schedule: share of `sparsity` due after a number of steps, such as `Cubic(steps=2000)`.
         scope: `"global"` (one ranking of all layers, each score in units of its layer's mean) or
             `"layer"` (the same sparsity in each layer).

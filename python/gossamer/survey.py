@@ -110,8 +110,14 @@ def _require_weight(name: str, weight: Tensor) -> None:
 
 def _note(weight: Tensor, pattern: Pattern, others: list[str]) -> str:
     inputs, size, notes = weight.shape[1], pattern.of or pattern.width, []
+    if pattern.height > 1 and weight.dim() == 4:
+        inputs = (inputs + -inputs % 4) * weight[0, 0].numel()
     if size and inputs % size:
         notes.append(f"the last block of a row is short: {size} does not divide {inputs} inputs")
+    if weight.shape[0] % pattern.height:
+        notes.append(
+            f"the last blocks are low: {pattern.height} does not divide {len(weight)} outputs"
+        )
     if others:
         notes.append(f"shared with {', '.join(others)}")
     return "; ".join(notes)

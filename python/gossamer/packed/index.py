@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gossamer import _C
 
+BLOCK = 32  # a GPU skips what is empty of as many outputs x as many inputs
+
 
 class Index(NamedTuple):
     """Where the non-zeros of a matrix lie; both sparse formats use it."""
@@ -156,6 +158,29 @@ def bitmap_of(n: int, k: int, unit: int, index: Index) -> Tensor:
     # Bit 31 is the sign of an int32.
     bits = torch.where(bits >= 2**31, bits - 2**32, bits)
     return torch.stack([bits, first], -1).to(torch.int32).view(n, words, 2)
+
+
+def steps_of(bitmap: Tensor, k: int, unit: int) -> Tensor | None:
+    """Which blocks of 32 outputs x 32 inputs hold something; None if half of them or more do.
+
+    For each 32 outputs where their list begins, where the last one ends, then the lists: int32
+    numbers of inputs / 32, ascending. A place is counted from the beginning of the tensor.
+
+    Args:
+        bitmap: of a weight (n, k), see `bitmap_of`.
+        k, unit: inputs, and those of a column.
+    """
+    # Eight columns of four inputs are a byte of a word, the lowest first.
+    bits = bitmap[..., 0].clone(memory_format=torch.contiguous_format)
+    bits = bits.view(torch.int32 if unit == 1 else torch.int8)
+    filled = bits[:, : -(-k // BLOCK)] != 0
+    filled = torch.nn.functional.pad(filled, (0, 0, 0, -len(filled) % BLOCK))
+    filled = filled.unflatten(0, (-1, BLOCK)).any(1)
+    if 2 * int(filled.sum()) >= filled.numel():
+        return None
+    begin = torch.zeros(len(filled) + 1, dtype=torch.int64)
+    begin[1:] = filled.sum(1).cumsum(0)
+    return torch.cat([begin + len(begin), filled.nonzero()[:, 1]]).to(torch.int32)
 
 
 def check_index(n: int, k: int, unit: int, values: Tensor, index: Index) -> None:

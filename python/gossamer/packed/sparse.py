@@ -20,6 +20,7 @@ from .index import (
     check_index,
     concat_indices,
     entry_places,
+    steps_of,
 )
 from .lanes import (
     check_lanes,
@@ -36,7 +37,7 @@ from .lanes import (
 
 
 class _Indexed(Packed):
-    """A packed weight with the buffers of an index, and on a GPU with its bitmap."""
+    """A packed weight with the buffers of an index, and on a GPU with its bitmap and steps."""
 
     UNIT: ClassVar[int]  # inputs of an entry
     values: Tensor
@@ -54,11 +55,19 @@ class _Indexed(Packed):
         return {"values": values, **index._asdict()}
 
     def _arrange(self, gpu: bool) -> None:
-        bitmap = None
+        self._map("", self.n, self.k, gpu)
+
+    def _map(self, prefix: str, n: int, k: int, gpu: bool) -> None:
+        """Derives what a GPU reads from the (n, k) index whose names begin so, or forgets it."""
+        bitmap = steps = None
         if gpu:
-            index = Index(*(part.cpu() for part in self._index()))
-            bitmap = bitmap_of(self.n, self.k, self.UNIT, index).to(self.columns.device)
-        self.register_buffer("bitmap", bitmap, persistent=False)
+            device = self.columns.device
+            index = Index(*(self.get_buffer(prefix + name).cpu() for name in Index._fields))
+            bitmap = bitmap_of(n, k, self.UNIT, index)
+            steps = steps_of(bitmap, k, self.UNIT)
+            bitmap, steps = bitmap.to(device), None if steps is None else steps.to(device)
+        self.register_buffer(f"{prefix}bitmap", bitmap, persistent=False)
+        self.register_buffer(f"{prefix}steps", steps, persistent=False)
 
 
 class PackedSparse(_Indexed):
@@ -89,7 +98,8 @@ class PackedSparse(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"])
-        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, b.get("bitmap"))
+        mapped = (b.get("bitmap"), b.get("steps"))
+        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *mapped)
 
     def unpack(self) -> Tensor:
         weight = self.values.new_zeros(self.n, self.k)
@@ -169,8 +179,8 @@ class PackedSparseInt8(_Indexed):
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        affine, bitmap = b.get("x_affine"), b.get("bitmap")
-        return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, bitmap)
+        affine, mapped = b.get("x_affine"), (b.get("bitmap"), b.get("steps"))
+        return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, *mapped)
 
     def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
         b = self._tensors()

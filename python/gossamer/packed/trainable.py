@@ -23,10 +23,11 @@ from gossamer import ops, reference
 from gossamer.formats import Format
 
 from .base import MAX_K, round_up
-from .index import INDEX_BUFFERS, Index, bitmap_of, entry_places, index_of_places
+from .index import INDEX_BUFFERS, Index, entry_places, index_of_places
 from .sparse import PackedSparse
 
-# Columns, rows, cells and (on a GPU) bitmap of w, the same of w^T, and the order of its entries.
+# Columns, rows, cells and (on a GPU) bitmap and steps of w, the same of w^T, and the order of its
+# entries.
 _Indices = tuple[Any, ...]
 
 
@@ -47,20 +48,20 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, values, *indices)
         ctx.sizes, ctx.conv = (n, k, channels), conv
-        columns, rows, cells, bitmap, *_ = indices
-        return ops.spmm(x, values, columns, rows, cells, n, bias, k, 0, conv, bitmap)
+        columns, rows, cells, bitmap, steps, *_ = indices
+        return ops.spmm(x, values, columns, rows, cells, n, bias, k, 0, conv, bitmap, steps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, columns, rows, cells, bitmap, *back, order = ctx.saved_tensors
+        x, values, columns, rows, cells, bitmap, steps, *back, order = ctx.saved_tensors
         (n, k, channels), conv = ctx.sizes, ctx.conv
         dx = dvalues = dbias = None
         if ctx.needs_input_grad[0]:
             weight = (values.detach().index_select(0, order), *back)
             dx = _gradient_of_x(dy, x, weight, k if conv is None else channels, conv)
         if ctx.needs_input_grad[1]:
-            dvalues = ops.sddmm(x, dy, columns, rows, cells, n, k, conv, bitmap)
+            dvalues = ops.sddmm(x, dy, columns, rows, cells, n, k, conv, bitmap, steps)
         if ctx.needs_input_grad[2]:
             by_row = dy if conv is None else dy.movedim(1, -1)
             dbias = by_row.reshape(-1, n).sum(0, dtype=values.dtype)
@@ -71,10 +72,10 @@ def _gradient_of_x(
     dy: Tensor, x: Tensor, weight: tuple[Tensor, ...], channels: int, conv: list[int] | None
 ) -> Tensor:
     """dy times w; `weight` is w^T, its values and index, in the shape of x."""
-    values, columns, rows, cells, bitmap = weight
+    values, columns, rows, cells, *mapped = weight
     index = (values, columns, rows, cells)
     if conv is None:
-        return ops.spmm(dy, *index, channels, None, dy.shape[-1], bitmap=bitmap)
+        return ops.spmm(dy, *index, channels, None, dy.shape[-1], 0, None, *mapped)
     kh, kw, sh, sw, dh, dw, top, _, left, _, planar = conv
     images, n, height, width = dy.shape
     if (sh, sw) != (1, 1):
@@ -93,7 +94,7 @@ def _gradient_of_x(
     sides = [max(side, 0) for side in (first[0], last[0], first[1], last[1])]
     geometry = [kh, kw, 1, 1, dh, dw, *sides, planar]
     k = kh * kw * round_up(n, 4)
-    return ops.spmm(dy, *index, channels, None, k, 0, geometry, bitmap)
+    return ops.spmm(dy, *index, channels, None, k, 0, geometry, *mapped)
 
 
 class PackedTrainableSparse(PackedSparse):
@@ -138,12 +139,7 @@ class PackedTrainableSparse(PackedSparse):
 
     def _arrange(self, gpu: bool) -> None:
         super()._arrange(gpu)
-        bitmap = None
-        if gpu:
-            parts = (self.get_buffer(f"transposed_{name}").cpu() for name in Index._fields)
-            width = self._taps * round_up(self.n, 4) or self.n
-            bitmap = bitmap_of(self._channels, width, 1, Index(*parts)).to(self.columns.device)
-        self.register_buffer("transposed_bitmap", bitmap, persistent=False)
+        self._map("transposed_", self._channels, self._taps * round_up(self.n, 4) or self.n, gpu)
 
     def _take(self, loaded: Any) -> None:
         for name in INDEX_BUFFERS:
@@ -156,13 +152,13 @@ class PackedTrainableSparse(PackedSparse):
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:
         b, values = self._tensors(), self.values
-        index = (b["columns"], b["rows"], b["cells"])
+        index, mapped = (b["columns"], b["rows"], b["cells"]), (b.get("bitmap"), b.get("steps"))
         learns = any(t is not None and t.requires_grad for t in (x, values, bias))
         if not (learns and torch.is_grad_enabled()):
-            weight, own = (values.detach(), *index), b.get("bitmap")
-            return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, own)
-        back = [b.get(f"transposed_{name}") for name in (*Index._fields, "bitmap", "order")]
-        indices = (*index, b.get("bitmap"), *back)
+            weight = (values.detach(), *index)
+            return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *mapped)
+        names = (*Index._fields, "bitmap", "steps", "order")
+        indices = (*index, *mapped, *(b.get(f"transposed_{name}") for name in names))
         y = _Product.apply(x, values, bias, indices, self.n, self.k, self._channels, conv)
         # torch's own, for its gradient.
         return reference.activate(y, ops.ACTIVATIONS[activation])

@@ -110,6 +110,7 @@ def spmm(
     x: Tensor,
     values: Tensor,
     bitmap: Tensor,
+    steps: Tensor | None,
     n: int,
     bias: Tensor | None,
     k: int,
@@ -124,6 +125,7 @@ def spmm_int8(
     x: Tensor,
     values: Tensor,
     bitmap: Tensor,
+    steps: Tensor | None,
     scale: Tensor,
     wsum: Tensor,
     x_affine: Tensor | None,
@@ -138,7 +140,14 @@ def spmm_int8(
 
 
 def sddmm(
-    x: Tensor, dy: Tensor, bitmap: Tensor, entries: int, n: int, k: int, conv: list[int] | None
+    x: Tensor,
+    dy: Tensor,
+    bitmap: Tensor,
+    steps: Tensor | None,
+    entries: int,
+    n: int,
+    k: int,
+    conv: list[int] | None,
 ) -> Tensor:
     """See `gossamer.ops.sddmm`."""
     rows = x.reshape(-1, k) if conv is None else im2col(x, conv)

@@ -6,7 +6,8 @@
     dw      entries             float32
 
 A program computes a dense tile of dy^T x, outputs by inputs, and writes what has an entry; one
-without any stops before it begins. Precision as in spmm. Rows beyond the last are zeros.
+without any stops before it begins. Of a weight in blocks (its `steps` are listed, see bitmap.py)
+the tile is as large as a block. Precision as in spmm. Rows beyond the last are zeros.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .bitmap import find
+from .bitmap import BLOCK, find
 from .operands import float_rows, launch, start_of, way_to
 from .tiles import Tile, chip, choose
 
 TILES = (
     Tile(64, 64, 32, 4, 3),
-    Tile(32, 32, 32, 4, 4),
+    Tile(BLOCK, BLOCK, 32, 4, 4),
 )
 
 
@@ -63,7 +64,14 @@ def _sddmm(
 
 @triton_op("gossamer_triton::sddmm", mutates_args=())
 def sddmm(
-    x: Tensor, dy: Tensor, bitmap: Tensor, entries: int, n: int, k: int, conv: list[int] | None
+    x: Tensor,
+    dy: Tensor,
+    bitmap: Tensor,
+    steps: Tensor | None,
+    entries: int,
+    n: int,
+    k: int,
+    conv: list[int] | None,
 ) -> Tensor:
     """See `gossamer.ops.sddmm`; the bitmap stands for the index, dy is (rows, n)."""
     rows = float_rows(x, conv)
@@ -73,7 +81,8 @@ def sddmm(
     if entries and rows.m:
         on = chip(x.device)
         # Of its tile, `rows` are inputs of w, and what is summed over are the rows of x.
-        tile = choose(TILES, k, n, on, rows.x.element_size(), rows.x.element_size())
+        table = TILES if steps is None else TILES[-1:]
+        tile = choose(table, k, n, on, rows.x.element_size(), rows.x.element_size())
         launch(
             wrap_triton(_sddmm), (triton.cdiv(n, tile.outputs), triton.cdiv(k, tile.rows)),
             rows.x, dy, bitmap, dw, rows.m, n, k, bitmap.shape[1], dy.stride(0), *rows.walk(),

@@ -3,10 +3,12 @@
     q       rows x k            s8, quantize_rows' bytes less 128; or an image (operands.py)
     values  entries x 4         s8
     bitmap  n x k up to 128 / 128 x 2   int32: which blocks are stored, and the first one's entry
+    steps   see bitmap.py       int32, of a weight in blocks
     y       rows x n            the dtype of x
 
-A step is a word of the bitmap, 32 blocks: a dense tile of w is gathered, 4 bytes at a time, and
-multiplied on tensor cores. Sums are exact in int32, and equal to those of the CPU.
+A step is a word of the bitmap, 32 blocks, or where steps are listed a byte of it: a dense tile of
+w is gathered, 4 bytes at a time, and multiplied on tensor cores. Sums are exact in int32, and
+equal to those of the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .bitmap import find
+from .bitmap import BLOCK, find, span, step_at
 from .epilogue import dequantize, finish
 from .operands import corner, launch, programs, put, result_of, way_to
 from .quantize_rows import quantized
@@ -29,15 +31,19 @@ TILES = (
     Tile(16, 64, STEP, 4, 4),
     Tile(16, 32, STEP, 4, 4),
 )
+BLOCK_TILES = (
+    Tile(128, BLOCK, BLOCK, 4, 4),
+    Tile(16, BLOCK, BLOCK, 4, 4),
+)
 
 
 @triton.jit
 def _spmm_int8(
-    x, x_scale, x_zero, values, bitmap, scale, wsum, bias, y,
+    x, x_scale, x_zero, values, bitmap, steps, scale, wsum, bias, y,
     m, n, k, words, sharing,
     plane, width, image_step, line_step, row_step, taps, channels, tap_line, tap_step,
     y_image, y_row, y_output,
-    CONV: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    CONV: tl.constexpr, LISTED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     row, output, start = corner(
@@ -45,12 +51,17 @@ def _spmm_int8(
     )
     line = bitmap + tl.minimum(output, n - 1).to(tl.int64) * words * 2
     sums = tl.zeros((ROWS, OUTPUTS), tl.int32)
-    for word in range(0, words):
-        column = word * INPUTS + tl.arange(0, INPUTS)
+    parts: tl.constexpr = 128 // INPUTS  # steps of a word
+    begin, end = span(steps, output, words, OUTPUTS, LISTED)
+    for at in range(begin, end):
+        step = step_at(steps, at, LISTED)
+        word = step // parts
+        column = step * INPUTS + tl.arange(0, INPUTS)
         way = way_to(column, taps, channels, tap_line, tap_step, CONV)
         a = tl.load(x + start[:, None] + way[None, :], mask=column[None, :] < k, other=0)
         bits = tl.load(line + word * 2)[:, None]
-        stored, below = find(bits, tl.arange(0, INPUTS // 4)[None, :])
+        bit = step % parts * (INPUTS // 4) + tl.arange(0, INPUTS // 4)
+        stored, below = find(bits, bit[None, :])
         first = values + tl.load(line + word * 2 + 1).to(tl.int64) * 4
         place = (first[:, None] + below * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
         every = stored[:, :, None] & (tl.arange(0, 4) >= 0)[None, None, :]
@@ -66,6 +77,7 @@ def spmm_int8(
     x: Tensor,
     values: Tensor,
     bitmap: Tensor,
+    steps: Tensor | None,
     scale: Tensor,
     wsum: Tensor,
     x_affine: Tensor | None,
@@ -74,17 +86,19 @@ def spmm_int8(
     activation: int,
     conv: list[int] | None,
 ) -> Tensor:
-    """See `gossamer.ops.spmm_int8`; the bitmap stands for the index."""
+    """See `gossamer.ops.spmm_int8`; bitmap and steps stand for the index."""
     rows, x_scale, x_zero, sharing = quantized(x, x_affine, conv)
     n = scale.shape[0]
     result = result_of(x, n, rows, conv)
     if result.y.numel():
-        tile = choose(TILES, rows.m, n, chip(x.device), 1, 1)
+        listed = steps is not None
+        tile = choose(BLOCK_TILES if listed else TILES, rows.m, n, chip(x.device), 1, 1)
         launch(
             wrap_triton(_spmm_int8), programs(rows.m, n, tile.rows, tile.outputs),
-            rows.x, x_scale, x_zero, values, bitmap, scale, wsum,
-            scale if bias is None else bias, result.y,
+            rows.x, x_scale, x_zero, values, bitmap, bitmap if steps is None else steps,
+            scale, wsum, scale if bias is None else bias, result.y,
             rows.m, n, k, bitmap.shape[1], sharing, *rows.walk(), *result.steps(),
-            CONV=rows.conv, BIAS=bias is not None, ACTIVATION=activation, **tile.meta(),
+            CONV=rows.conv, LISTED=listed, BIAS=bias is not None, ACTIVATION=activation,
+            **tile.meta(),
         )  # fmt: skip
     return result.y
