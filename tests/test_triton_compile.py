@@ -12,14 +12,16 @@ import pytest
 from builds import ROOT, output
 
 pytest.importorskip("triton")
+from triton_compile import IMAGE_STEMS, STEMS
+
 from gossamer.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 TABLES = {
     stem: sys.modules[f"gossamer.triton.{stem}"].TILES  # type: ignore[attr-defined]
-    for stem in ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
+    for stem in STEMS
 }
-INTEGER_STEMS = ("gemm_int8", "gemm_int4", "spmm_int8")
+INTEGER_STEMS = ("gemm_int8", "gemm_int4", "spmm_int8", *IMAGE_STEMS)
 REGISTERS = 65536  # of a multiprocessor; AMD has 512 vector registers a lane of a SIMD
 
 
@@ -35,7 +37,7 @@ def kernels(target: str) -> list[dict[str, Any]]:
 
 
 def products(target: str) -> list[dict[str, Any]]:
-    return [k for k in kernels(target) if k["name"] == f"_{k['stem']}"]
+    return [k for k in kernels(target) if k["name"] in {f"_{stem}" for stem in TABLES}]
 
 
 def spilling(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
