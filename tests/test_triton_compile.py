@@ -12,17 +12,18 @@ import pytest
 from builds import ROOT, output
 
 pytest.importorskip("triton")
+from triton_compile import IMAGE_STEMS, STEMS
+
 from gossamer.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-STEMS = ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
 SPARSE = ("spmm", "spmm_int8")
 # By stem, and whether the weight is in blocks and its steps are listed.
 TABLES = {(stem, False): vars(sys.modules[f"gossamer.triton.{stem}"])["TILES"] for stem in STEMS}
 TABLES |= {
     (stem, True): vars(sys.modules[f"gossamer.triton.{stem}"])["BLOCK_TILES"] for stem in SPARSE
 }
-INTEGER_STEMS = ("gemm_int8", "gemm_int4", "spmm_int8")
+INTEGER_STEMS = ("gemm_int8", "gemm_int4", "spmm_int8", *IMAGE_STEMS)
 REGISTERS = 65536  # of a multiprocessor; AMD has 512 vector registers a lane of a SIMD
 
 
@@ -38,7 +39,7 @@ def kernels(target: str) -> list[dict[str, Any]]:
 
 
 def products(target: str) -> list[dict[str, Any]]:
-    return [k for k in kernels(target) if k["name"] == f"_{k['stem']}"]
+    return [k for k in kernels(target) if k["name"] in {f"_{stem}" for stem in STEMS}]
 
 
 def spilling(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 from builds import output
-from products import STEMS, packed_case
+from fused_nets import EVERY_STATIC, Chain, images, static
+from products import STEMS, packed_case, static_case
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,6 +93,20 @@ def test_devices_that_do_not_go_together_are_a_sentence() -> None:
             sparse.matmul(torch.empty(3, 100, device="cuda"))
 
 
+def test_images_on_two_devices_are_a_sentence() -> None:
+    affine, conv = torch.tensor([0.1, 7.0]), [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1]
+    for stem in ("gemm_int8", "spmm_int8"):
+        packed = static_case(stem, CASE)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            q = torch.empty(1, 25, 3, 3, 4, device="cuda", dtype=torch.uint8)
+            with pytest.raises(RuntimeError, match="x is on cuda:0 and the packed weight on cpu"):
+                packed.convolve(q, None, 0, conv, affine)
+            with pytest.raises(RuntimeError, match="x is on cuda:0"):
+                ops.unblock(q, affine, 100)
+            with pytest.raises(RuntimeError, match="x is on cuda:0"):
+                ops.block(torch.empty(1, 3, 4, 4, device="cuda"), affine)
+
+
 def test_a_missing_triton_is_a_sentence() -> None:
     code = (
         "import sys, torch, gossamer as gs\n"
@@ -147,6 +162,21 @@ def test_an_old_gpu_has_gradients_and_rows() -> None:
             9,
             16,
         )
+
+
+@EVERY_STATIC
+def test_an_old_gpu_runs_a_fused_model(format: Any) -> None:
+    torch.manual_seed(0)
+    x = images()
+    fused: Any = gs.fuse(static(Chain(), x, format), x)
+    with torch.no_grad():
+        want = fused(x)
+        for module in fused.modules():
+            if hasattr(module, "_arrange"):
+                module._arrange(True)
+        with as_on_an_old_gpu():
+            got = fused(x)
+    assert (got - want).norm() < 0.02 * want.norm()  # bytes may be one apart
 
 
 # Tiles.

@@ -13,7 +13,7 @@ from house import read, under
 PACKAGE = Path("python/gossamer")
 STEMS = (
     *("gemm_int4", "gemm_int8", "gemm_w8", "im2col", "quantize_rows", "sddmm", "spmm"),
-    "spmm_int8",
+    *("spmm_int8", "block", "unblock", "max_pool", "conv_int8", "conv_spmm_int8"),
 )
 
 
@@ -23,7 +23,7 @@ def test_a_stem_is_in_its_place_for_gpus(stem: str) -> None:
     assert Path(f"csrc/kernels/{stem}.cpp").name in {p.name for p in under("csrc", ".cpp")}
     assert code.startswith(f'"""{stem}: ')
     assert f'@triton_op("gossamer_triton::{stem}"' in code
-    assert f"_gpu(x.device).{stem}" in read(PACKAGE / "ops.py")
+    assert re.search(rf"_gpu\([xq]\.device\)\.{stem}\b", read(PACKAGE / "ops.py"))
 
 
 def test_only_ops_imports_the_kernels() -> None:

@@ -5,27 +5,42 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import cache
+from typing import Any
 
 import pytest
 from builds import ROOT, output
 
 pytest.importorskip("triton")
+ROWS = ("gemm_int8", "gemm_int8", "gemm_int4", "spmm", "spmm_int8", "gemm_w8")
+IMAGES = ("block", "conv_int8", "max_pool", "conv_spmm_int8", "unblock", "gemm_int8")
 
 
-def test_a_model_on_cuda_is_exported_and_compiled_whole() -> None:
+@cache
+def traces() -> dict[str, dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    found = json.loads(
-        output(sys.executable, str(ROOT / "tests/triton_trace.py"), env=environment).splitlines()[
-            -1
-        ]
-    )
-    assert found["results"] == [["cuda:0", "torch.float16", [5, 16]]] * 2
-    stems = ["gemm_int8", "gemm_int8", "gemm_int4", "spmm", "spmm_int8", "gemm_w8"]
-    stems += ["spmm", "spmm_int8"]  # in blocks
+    text = output(sys.executable, str(ROOT / "tests/triton_trace.py"), env=environment)
+    found: dict[str, dict[str, Any]] = json.loads(text.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "model, dtype, shape, stems, before",
+    [
+        # Five quantize their inputs, and one searches for what is ill; the last two are in blocks.
+        ("rows", "torch.float16", [5, 16], [*ROWS, "spmm", "spmm_int8"], 6),
+        # Two turn theirs around, and one quantizes.
+        ("images", "torch.float32", [5, 8], [*IMAGES], 3),
+    ],
+)
+def test_a_model_on_cuda_is_exported_and_compiled_whole(
+    model: str, dtype: str, shape: list[int], stems: list[str], before: int
+) -> None:
+    found = traces()[model]
+    assert found["results"] == [["cuda:0", dtype, shape]] * 2
     ours = [name for name in found["exported"] if name.startswith("gossamer_triton")]
     assert ours == [f"gossamer_triton.{stem}.default" for stem in stems]
     # What a compiler sees, AOTInductor too, are the kernels themselves; it copies no weight.
     (lowered,) = found["lowered"]
-    products, quantized, searched = len(stems), 5, 1  # the last for what is ill
-    assert lowered.count("triton_kernel_wrapper_functional") == products + quantized + searched
+    assert lowered.count("triton_kernel_wrapper_functional") == len(stems) + before
     assert not [name for name in lowered if "gossamer" in name or "clone" in name]

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -27,7 +28,8 @@ from triton.runtime.jit import JITFunction
 from gossamer import triton as kernels
 from gossamer.triton import tiles
 
-STEMS = ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm")
+IMAGE_STEMS = ("conv_int8", "conv_spmm_int8")
+STEMS = ("gemm_int8", "gemm_w8", "gemm_int4", "spmm", "spmm_int8", "sddmm", *IMAGE_STEMS)
 N, K = 4096, 4096
 # Rows, of sddmm inputs and outputs, by which `choose` comes to each tile of each table.
 SIZES = (16, 32, 64, 128, 256, 512, 768)
@@ -121,6 +123,24 @@ def call(stem: str, m: int, dtype: torch.dtype, conv: bool = False, blocks: bool
         operator(x, *weight_of(stem, n, k, blocks), empty(n), k, 2, geometry)
 
 
+def call_images(stem: str, pixels: int, conv: bool = False) -> None:
+    """One convolution, 1x1 with a residual or 3x3 without, and once what surrounds them."""
+    n, k = N, 9 * 64 if conv else K
+    q = empty(1, 16 if conv else K // 4, pixels if conv else 1, pixels, 4, dtype=torch.uint8)
+    affine, geometry = empty(2), CONV if conv else [1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+    residual = None if conv else empty(1, N // 4, 1, pixels, 4, dtype=torch.uint8)
+    own = "gemm_int8" if stem == "conv_int8" else "spmm_int8"
+    weight = [part for part in weight_of(own, n, k, blocks=False) if part is not None]
+    images = (affine, empty(n), affine, residual, None if conv else affine)
+    getattr(kernels, stem)(q, *weight, *images, k, 2, geometry)
+    if conv:
+        kernels.max_pool(q, [3, 3], [2, 2], [1, 1, 1, 1], [1, 1])
+        for to, dtype in enumerate((torch.float32, torch.bfloat16, torch.float16)):
+            kernels.unblock(q, affine, 63, to)
+            with mock.patch.object(torch, "_assert_async"):  # of what no kernel has written
+                kernels.block(empty(1, 63, pixels, pixels, dtype=dtype), affine)
+
+
 def report(kernel: Any, target: GPUTarget) -> dict[str, Any]:
     """What a compiled kernel needs of the chip, and which matrix instructions it has."""
     found = {"name": kernel.metadata.name, "target": f"{target.backend}:{target.arch}"}
@@ -167,13 +187,19 @@ def compile_for(name: str) -> list[dict[str, Any]]:
     done: set[str] = set()
     kinds = [*((stem, False) for stem in STEMS), ("spmm", True), ("spmm_int8", True)]
     for (stem, blocks), dtype in itertools.product(kinds, (torch.float16, torch.float32)):
-        whole = stem in ("gemm_int8", "gemm_int4", "spmm_int8")
+        whole = stem in ("gemm_int8", "gemm_int4", "spmm_int8", *IMAGE_STEMS)
         if whole and dtype == torch.float32:
             continue  # of x, only quantize_rows sees the dtype
         with elsewhere(target) as compiled:
             for m in SIZES:
-                call(stem, m, dtype, blocks=blocks)
-            call(stem, 56, dtype, conv=True, blocks=blocks)
+                if stem in IMAGE_STEMS:
+                    call_images(stem, m)
+                else:
+                    call(stem, m, dtype, blocks=blocks)
+            if stem in IMAGE_STEMS:
+                call_images(stem, 56, conv=True)
+            else:
+                call(stem, 56, dtype, conv=True, blocks=blocks)
         for tile, kernel in compiled:
             if kernel.hash not in done:
                 done.add(kernel.hash)

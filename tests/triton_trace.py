@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -31,6 +32,13 @@ FORMATS = {
 }
 
 
+def laid_out(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "_arrange"):
+            module._arrange(True)
+    return model
+
+
 def compressed() -> nn.Module:
     """One layer of each stem, sparse ones in blocks too, with its buffers as a GPU has them."""
     model = nn.Sequential(
@@ -40,10 +48,7 @@ def compressed() -> nn.Module:
     )
     gs.prune_(model[8:], 0.7, "32x32", "layer")
     gs.compress_(model, FORMATS)
-    for module in model.modules():
-        if hasattr(module, "_arrange"):
-            module._arrange(True)
-    return model
+    return laid_out(model)
 
 
 def imagine_on_cuda(model: nn.Module) -> None:
@@ -57,13 +62,37 @@ def imagine_on_cuda(model: nn.Module) -> None:
                 )
 
 
+class Images(nn.Module):
+    """Every operator on blocked images; the second of two convolutions is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.same = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Any) -> Any:
+        x = F.max_pool2d(self.stem(x), 2)
+        x = F.relu(F.interpolate(x, scale_factor=2))
+        y = self.same(x) + x
+        return self.last(y).amax((2, 3)) + y.mean((2, 3))
+
+
+def fused() -> nn.Module:
+    """With its buffers as a GPU has them."""
+    model, x = Images(), torch.randn(2, 3, 10, 10)
+    with torch.no_grad(), gs.calibrate(model):
+        model(x)
+    sparse = gs.SparseInt8(activations="static")
+    gs.compress_(model, {"same": sparse, "*": gs.Int8(activations="static")})
+    return laid_out(gs.fuse(model, x))
+
+
 def called(graph: Any) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def main() -> None:
-    triton.runtime.driver.set_active(Elsewhere(target_of("cuda:90")))
-    model, lowered = compressed(), []
+def traced(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    lowered = []
 
     def lower(module: Any, inputs: Any) -> Any:
         lowered.append(module.graph)
@@ -71,17 +100,22 @@ def main() -> None:
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         imagine_on_cuda(model)
-        x = torch.empty(5, 3, 8, 8, device="cuda", dtype=torch.float16)
+        x = torch.empty(shape, device="cuda", dtype=torch.float16)
         y = model(x)
         exported = torch.export.export(model, (x,))
         backend = aot_autograd(fw_compiler=lower, inference_compiler=lower)
         z = torch.compile(model, fullgraph=True, backend=backend)(x)
-    found = {
+    return {
         "results": [[str(t.device), str(t.dtype), list(t.shape)] for t in (y, z)],
         "exported": called(exported.graph),
         "lowered": [called(graph) for graph in lowered],
     }
-    print(json.dumps(found))
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Elsewhere(target_of("cuda:90")))
+    rows = traced(compressed(), (5, 3, 8, 8))
+    print(json.dumps({"rows": rows, "images": traced(fused(), (5, 3, 10, 10))}))
 
 
 if __name__ == "__main__":

@@ -261,10 +261,7 @@ def spmm_int8(
     bitmap: Tensor | None = None,
     steps: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w int8 in 1x4 blocks. Index: docs/formats.md, SparseInt8.
-
-    A GPU reads `bitmap` and `steps`, as in `spmm`.
-    """
+    """y = act(x @ w^T + bias), w int8 in 1x4 blocks; as `spmm`. docs/formats.md, SparseInt8."""
     x_ = _prepare(x, conv, any_layout=True)
     tail = (scale, wsum, x_affine, bias, k, activation, conv)
     if _on_gpu(x, values):
@@ -314,8 +311,7 @@ def im2col(x: Tensor, conv: list[int]) -> Tensor:
     return _gpu(x.device).im2col(x, conv) if _on_gpu(x, x) else _im2col(x, conv)
 
 
-# Blocked images: (images, ceil(channels / 4), height, width, 4) uint8, contiguous, with one affine,
-# (2) float32 scale and zero point, for all: docs/formats.md.
+# Blocked images: contiguous uint8 (images, ceil(channels / 4), height, width, 4): docs/formats.md.
 
 
 def block(x: Tensor, affine: Tensor) -> Tensor:
@@ -326,29 +322,31 @@ def block(x: Tensor, affine: Tensor) -> Tensor:
         affine: (2) float32, scale and zero point.
 
     Raises:
-        RuntimeError: x holds a NaN or an Inf, which no byte can stand for.
+        RuntimeError: x holds a NaN or an Inf, which no byte can stand for; on a GPU asynchronously.
     """
-    return _block(_prepare(x, [], any_layout=True).detach(), affine)
+    run = _gpu(x.device).block if _on_gpu(x, affine) else _block
+    return run(_prepare(x, [], any_layout=True).detach(), affine)
 
 
 def unblock(q: Tensor, affine: Tensor, channels: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The floats (images, channels, height, width), contiguous, that a blocked image stands for."""
     if dtype not in _FLOATS:
         raise TypeError(f"dtype {dtype} is unknown: use float32, bfloat16 or float16")
-    return _unblock(q, affine, channels, _FLOATS.index(dtype))
+    run = _gpu(q.device).unblock if _on_gpu(q, affine) else _unblock
+    return run(q, affine, channels, _FLOATS.index(dtype))
 
 
 def max_pool(
     q: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The largest of each window of a blocked image, exactly.
+    """The largest of each window of a blocked image q, exactly.
 
     Args:
-        q: a blocked image.
         kernel, stride, dilation: height and width.
         padding: top, bottom, left, right; what lies there is never the largest.
     """
-    return _max_pool(q, kernel, stride, padding, dilation)
+    run = _gpu(q.device).max_pool if _on_gpu(q, q) else _max_pool
+    return run(q, kernel, stride, padding, dilation)
 
 
 def conv_int8(
@@ -368,13 +366,13 @@ def conv_int8(
     """y = act(conv(q, w) + bias + residual), all images blocked; w dense int8 in panels.
 
     Args:
-        q, x_affine: a blocked image and its numbers.
-        y_affine: those of y.
+        q, x_affine, y_affine: a blocked image and its numbers, and those of y.
         residual, residual_affine: a blocked image of y's shape, or None.
         panels, scale, wsum, bias, k, activation, conv: as in `gemm_int8`.
     """
-    tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
-    return _conv_int8(q, panels, scale, wsum, *tail)
+    images = (x_affine, bias, y_affine, residual, residual_affine)
+    run = _gpu(q.device).conv_int8 if _on_gpu(q, panels) else _conv_int8
+    return run(q, panels, scale, wsum, *images, k, activation, conv)
 
 
 def conv_spmm_int8(
@@ -393,7 +391,10 @@ def conv_spmm_int8(
     k: int,
     activation: int,
     conv: list[int],
+    bitmap: Tensor | None = None,
 ) -> Tensor:
-    """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8."""
+    """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8; a GPU's: bitmap."""
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
+    if _on_gpu(q, values):
+        return _gpu(q.device).conv_spmm_int8(q, values, _placed(bitmap), scale, wsum, *tail)
     return _conv_spmm_int8(q, values, columns, rows, cells, scale, wsum, *tail)

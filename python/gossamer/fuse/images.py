@@ -123,7 +123,8 @@ class ImageUpsample(KeepsDtypes):
         words = x.view(torch.int32).squeeze(-1)
         for i in (0, 1):
             # Which input row or column each output has: torch's own answer for their numbers.
-            numbers = torch.arange(words.size(2 + i), dtype=torch.float32).view(1, 1, -1)
+            count = torch.arange(words.size(2 + i), dtype=torch.float32, device=x.device)
+            numbers = count.view(1, 1, -1)
             to, by = self._of(size, i), self._of(self.scale_factor, i)
             places = F.interpolate(numbers, to, by, mode="nearest").view(-1).int()
             words = words.index_select(2 + i, places)
@@ -164,7 +165,7 @@ class ImageMean(KeepsDtypes):
     def forward(self, x: Tensor) -> Tensor:
         """(sum / pixels - zero) * scale: (images, channels), or with two dimensions of 1 behind."""
         pixels = x.size(2) * x.size(3)
-        sums = x.sum((2, 3), dtype=torch.int32).flatten(1)[:, : self.channels]
-        scale, zero = self.affine[0], self.affine[1]
+        sums = x.sum((2, 3), dtype=torch.int32).flatten(1).narrow(1, 0, self.channels)
+        scale, zero = self.affine.unbind()
         mean = ((sums - zero * pixels) * (scale / pixels)).to(self.dtype)
         return mean[:, :, None, None] if self.keepdim else mean

@@ -185,7 +185,8 @@ class PackedSparseInt8(_Indexed):
     def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
-        return ops.conv_spmm_int8(q, *weight, *tail)
+        arguments: tuple[Any, ...] = (*weight, *tail, b.get("bitmap"))
+        return ops.conv_spmm_int8(q, *arguments)
 
     def unpack(self) -> Tensor:
         weight = self.scale.new_zeros(self.n, round_up(self.k, 4))

@@ -18,15 +18,20 @@ import warnings
 import torch
 
 from . import older
+from .block import block
+from .conv_int8 import conv_int8
+from .conv_spmm_int8 import conv_spmm_int8
 from .gemm_int4 import gemm_int4
 from .gemm_int8 import gemm_int8
 from .gemm_w8 import gemm_w8
 from .im2col import im2col
+from .max_pool import max_pool
 from .quantize_rows import quantize_rows
 from .sddmm import sddmm
 from .spmm import spmm
 from .spmm_int8 import spmm_int8
 from .tiles import chip
+from .unblock import unblock
 
 OLDEST = 75  # the first with tensor cores for bytes
 
@@ -47,14 +52,19 @@ def multiplies_bytes(device: torch.device) -> bool:
 
 
 __all__ = [
+    "block",
+    "conv_int8",
+    "conv_spmm_int8",
     "gemm_int4",
     "gemm_int8",
     "gemm_w8",
     "im2col",
+    "max_pool",
     "multiplies_bytes",
     "older",
     "quantize_rows",
     "sddmm",
     "spmm",
     "spmm_int8",
+    "unblock",
 ]

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from .blocked import put_words
 from .epilogue import dequantize, finish
 from .operands import corner, dense_step, launch, programs, put, result_of, way_to
 from .quantize_rows import quantized
@@ -38,7 +39,7 @@ TILES = (
 
 @triton.jit
 def _gemm_int8(
-    x, x_scale, x_zero, w, scale, wsum, bias, y,
+    x, x_scale, x_zero, w, scale, wsum, bias, y, y_affine, residual, residual_affine,
     m, n, k, sharing, w_step, w_last,
     plane, width, image_step, line_step, row_step, taps, channels, tap_line, tap_step,
     y_image, y_row, y_output,
@@ -56,8 +57,14 @@ def _gemm_int8(
         a, b = dense_step(x, start, way, weights, column, k, WHOLE)
         sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
     value = dequantize(sums, x_scale, x_zero, row, m, sharing, scale, wsum, output, n)
-    value = finish(value, bias, output, n, ACTIVATION, BIAS)
-    put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
+    if y_affine is None:
+        value = finish(value, bias, output, n, ACTIVATION, BIAS)
+        put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
+    else:
+        put_words(
+            y, value, bias, y_affine, residual, residual_affine, row, output, m, n,
+            plane, y_image, y_row, y_output, ACTIVATION, BIAS,
+        )  # fmt: skip
 
 
 def by_rows(panels: Tensor) -> Tensor:
@@ -86,6 +93,7 @@ def gemm_int8(
         launch(
             wrap_triton(_gemm_int8), programs(rows.m, n, tile.rows, tile.outputs),
             rows.x, x_scale, x_zero, w, scale, wsum, scale if bias is None else bias, result.y,
+            None, None, None,
             rows.m, n, k, sharing, w.stride(0), w.shape[0] - 1, *rows.walk(), *result.steps(),
             CONV=rows.conv, WHOLE=k % tile.inputs == 0, BIAS=bias is not None,
             ACTIVATION=activation, **tile.meta(),

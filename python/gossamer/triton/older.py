@@ -5,6 +5,8 @@ Activations are not quantized there: the results are those of the weights in a f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,9 +16,12 @@ from gossamer.ops import ACTIVATIONS
 from gossamer.packed.int4 import VALUES
 
 from .gemm_int8 import by_rows
+from .unblock import DTYPES as FLOATS
 
 INT4_VALUES = VALUES.tolist()
+block = reference.block
 im2col = reference.im2col
+max_pool = reference.max_pool
 quantize_rows = reference.quantize_rows
 
 
@@ -156,3 +161,54 @@ def sddmm(
     dw = dense.new_zeros(entries)
     dw[entry] = F.pad(dense, (0, stored.shape[1] - k))[stored]
     return dw
+
+
+def unblock(q: Tensor, affine: Tensor, channels: int, to: int) -> Tensor:
+    """See `gossamer.ops.unblock`; `to` is a place among the dtypes."""
+    return reference.unblock(q, affine, channels, FLOATS[to])
+
+
+def _image_product(
+    q: Tensor,
+    weight: Tensor,
+    activation: int,
+    conv: list[int],
+    x_affine: Tensor,
+    bias: Tensor | None,
+    y_affine: Tensor,
+    residual: Tensor | None,
+    residual_affine: Tensor | None,
+) -> Tensor:
+    """A blocked image to another, by way of floats."""
+    x = reference.unblock(q, x_affine, 4 * q.shape[1])
+    y = _product(x, weight, bias, 0, [*conv[:10], 1])
+    if residual is not None and residual_affine is not None:
+        y = y + reference.unblock(residual, residual_affine, y.shape[1])
+    return reference.block(reference.activate(y, ACTIVATIONS[activation]), y_affine)
+
+
+def conv_int8(
+    q: Tensor,
+    panels: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    *images: Any,
+) -> Tensor:
+    """See `gossamer.ops.conv_int8`."""
+    *operands, k, activation, conv = images
+    weight = by_rows(panels)[: len(scale), :k] * scale[:, None]
+    return _image_product(q, weight, activation, conv, *operands)
+
+
+def conv_spmm_int8(
+    q: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    scale: Tensor,
+    wsum: Tensor,
+    *images: Any,
+) -> Tensor:
+    """See `gossamer.ops.conv_spmm_int8`; the bitmap stands for the index."""
+    *operands, k, activation, conv = images
+    weight = _dense(values, bitmap, k) * scale[:, None]
+    return _image_product(q, weight, activation, conv, *operands)

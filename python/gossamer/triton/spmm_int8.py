@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from .bitmap import BLOCK, find, span, step_at
+from .blocked import put_words
 from .epilogue import dequantize, finish
 from .operands import corner, launch, programs, put, result_of, way_to
 from .quantize_rows import quantized
@@ -40,6 +41,7 @@ BLOCK_TILES = (
 @triton.jit
 def _spmm_int8(
     x, x_scale, x_zero, values, bitmap, steps, scale, wsum, bias, y,
+    y_affine, residual, residual_affine,
     m, n, k, words, sharing,
     plane, width, image_step, line_step, row_step, taps, channels, tap_line, tap_step,
     y_image, y_row, y_output,
@@ -68,8 +70,14 @@ def _spmm_int8(
         b = tl.load(place, mask=every, other=0).reshape(OUTPUTS, INPUTS)
         sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
     value = dequantize(sums, x_scale, x_zero, row, m, sharing, scale, wsum, output, n)
-    value = finish(value, bias, output, n, ACTIVATION, BIAS)
-    put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
+    if y_affine is None:
+        value = finish(value, bias, output, n, ACTIVATION, BIAS)
+        put(y, value, row, output, m, n, plane, y_image, y_row, y_output, CONV)
+    else:
+        put_words(
+            y, value, bias, y_affine, residual, residual_affine, row, output, m, n,
+            plane, y_image, y_row, y_output, ACTIVATION, BIAS,
+        )  # fmt: skip
 
 
 @triton_op("gossamer_triton::spmm_int8", mutates_args=())
@@ -96,7 +104,7 @@ def spmm_int8(
         launch(
             wrap_triton(_spmm_int8), programs(rows.m, n, tile.rows, tile.outputs),
             rows.x, x_scale, x_zero, values, bitmap, bitmap if steps is None else steps,
-            scale, wsum, scale if bias is None else bias, result.y,
+            scale, wsum, scale if bias is None else bias, result.y, None, None, None,
             rows.m, n, k, bitmap.shape[1], sharing, *rows.walk(), *result.steps(),
             CONV=rows.conv, LISTED=listed, BIAS=bias is not None, ACTIVATION=activation,
             **tile.meta(),
