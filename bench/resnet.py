@@ -6,7 +6,8 @@
 Weights are random (what they are does not change the speed), BatchNorm has the statistics of its
 input. Pruned nets keep all weights of the stem and of the last layer. Each net is compared with
 torch fp32 on the same weights before the clock starts; then all take their turn in each round, on
-one thread and ours also on two. torch's BatchNorm is folded too.
+one thread and ours also on two, twice in a row of which the second counts. torch's BatchNorm is
+folded too.
 """
 
 from __future__ import annotations
@@ -177,8 +178,8 @@ def on(count: int, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 def times(lab: Lab, calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """The median milliseconds of each call."""
     once = interleave(list(calls.values()), rounds=1)
-    rounds = 1e3 * lab.seconds / sum(first for (first,) in once)
-    all_times = interleave(list(calls.values()), min(31, max(3, round(rounds))))
+    rounds = 5e2 * lab.seconds / sum(first for (first,) in once)
+    all_times = interleave(list(calls.values()), min(31, max(3, round(rounds))), warm=True)
     return {name: statistics.median(own) for name, own in zip(calls, all_times, strict=True)}
 
 

@@ -72,8 +72,12 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def interleave(calls: Sequence[Call], rounds: int) -> list[list[float]]:
-    """Milliseconds of each call in each round, after one unmeasured round; -> [call][round]."""
+def interleave(calls: Sequence[Call], rounds: int, warm: bool = False) -> list[list[float]]:
+    """Milliseconds of each call in each round, after one unmeasured round; -> [call][round].
+
+    With `warm`, each call runs once more right before it is timed: the cache holds what it uses, as
+    where nothing else runs, and not what the others left.
+    """
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -81,6 +85,8 @@ def interleave(calls: Sequence[Call], rounds: int) -> list[list[float]]:
         # Every other round runs backwards: who runs second finds the other one's data in cache.
         order = list(enumerate(calls))[:: -1 if index % 2 else 1]
         for which, call in order:
+            if warm:
+                call()
             start = time.perf_counter()
             call()
             times[which].append((time.perf_counter() - start) * 1e3)
