@@ -322,9 +322,9 @@ class Conv2d(_Layer):
                 f"(images, {-(-self.in_channels // 4)}, height, width, 4)"
             )
         self._check_size(x)
-        return self.packed.convolve(
-            x, self.bias, self._activation, [*self._conv, 1], y_affine, residual, residual_affine
-        )
+        packed: Any = self._modules["packed"]
+        conv, bias = [*self._conv, 1], self._buffers["bias"]  # nothing static trains
+        return packed.convolve(x, bias, self._activation, conv, y_affine, residual, residual_affine)
 
     def _check_size(self, x: Tensor) -> None:
         kh, kw, _, _, dh, dw, top, bottom, left, right = self._conv

@@ -77,7 +77,10 @@ class ImageConv2d(KeepsDtypes):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """All sums in int32, one rounding at the end."""
-        return self.layer.convolve(x, self.y_affine, residual, self.residual_affine)
+        # Not through nn.Module's slow path, as in gs.Linear: a network calls this fifty times.
+        layer: Any = self._modules["layer"]
+        buffers = self._buffers
+        return layer.convolve(x, buffers["y_affine"], residual, buffers["residual_affine"])
 
 
 class ImageMaxPool2d(KeepsDtypes):
