@@ -83,6 +83,11 @@ def test_every_tile_is_compiled_and_there_are_few(target: str) -> None:
         assert found == {(t.rows, t.outputs, t.inputs) for t in table}, kind
 
 
+def test_a_first_call_does_not_wait_long() -> None:
+    # Seconds of a processor: at most 1.8 on Zen 4, the median 0.7; of a cached kernel none.
+    assert max(kernel["seconds"] for kernel in products("cuda:90")) < 3
+
+
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_steps_in_a_list_are_fetched_ahead(target: str) -> None:
     # A loop that Triton does not pipeline has no asynchronous copies.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
 
 
+seconds: dict[str, float] = {}  # of the processor, to compile a kernel, by its hash
+
+
 @contextlib.contextmanager
 def elsewhere(target: GPUTarget) -> Iterator[list[Any]]:
     """Kernels compile for the target and are listed, with their tiles, instead of run."""
@@ -68,7 +72,9 @@ def elsewhere(target: GPUTarget) -> Iterator[list[Any]]:
     run = JITFunction.run
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **meta: Any) -> Any:
+        before = sum(os.times()[:4])  # of the compiler's processes too, whatever else runs here
         kernel = run(self, *args, grid=grid, warmup=True, **meta)
+        seconds[kernel.hash] = max(seconds.get(kernel.hash, 0.0), sum(os.times()[:4]) - before)
         tile = [meta[name] for name in ("ROWS", "OUTPUTS", "INPUTS") if name in meta]
         compiled.append((tile, kernel))
         return kernel
@@ -204,6 +210,7 @@ def compile_for(name: str) -> list[dict[str, Any]]:
             if kernel.hash not in done:
                 done.add(kernel.hash)
                 about = {"stem": stem, "blocks": blocks, "dtype": str(dtype), "tile": tile}
+                about["seconds"] = seconds[kernel.hash]
                 rows.append(about | report(kernel, target))
     return rows
 
