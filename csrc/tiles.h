@@ -100,12 +100,14 @@ int run(const Work& work, double macs, Before before, gossamer_parallel_for para
     int64_t cost;  // of one tile
     std::atomic<bool> failed;
 
-    // The first item (a unit of a tile) that starts at `at` or behind it.
+    // The first item (a unit of a tile) whose middle lies at `at` or behind it: of two units that
+    // are nearly equal, each half has one.
     int64_t item(int64_t at) const {
       int64_t low = 0, high = work.units;
       while (low < high) {
         const int64_t middle = (low + high) / 2;
-        before(middle) < at % cost ? low = middle + 1 : high = middle;
+        const int64_t twice = before(middle) + before(middle + 1);
+        twice < 2 * (at % cost) ? low = middle + 1 : high = middle;
       }
       return at / cost * work.units + low;
     }

@@ -211,6 +211,27 @@ int64_t check_convolutions(std::mt19937& random) {
   return checked;
 }
 
+// Runs what the first of two threads would.
+void first_half(int64_t begin, int64_t end, int64_t, gossamer_body body, void* context) {
+  body(begin, begin + (end - begin) / 2, context);
+}
+
+// Two chunks that cost about the same: a thread each, whichever costs more.
+void check_shares(std::mt19937& random) {
+  const int64_t rows = 64, n = 512, k = 96;
+  for (int round = 0; round < 8; ++round) {
+    const Operands operands(Weight(n, k, 0.5, 1, random), Side::kEnd);
+    const Matrix x = random_matrix(rows, k, random);
+    std::vector<float> y(static_cast<size_t>(rows * n), NAN);
+    const gossamer_input input{x.x.data(), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0};
+    const gossamer_output output{y.data(), n, 0, nullptr, GOSSAMER_NONE, nullptr};
+    const gossamer_sparse w = operands.sparse();
+    require_ok(gossamer_spmm(&input, &w, &output, first_half));
+    for (size_t i = 0; i < y.size(); ++i)
+      require((y[i] == y[i]) == (i % n < n / 2), "spmm: half of the work is not one of two chunks");
+  }
+}
+
 }  // namespace
 
 int main() try {
@@ -218,6 +239,7 @@ int main() try {
   std::mt19937 random(1);
   const int64_t shapes = check_shapes(random), convolutions = check_convolutions(random);
   check_damaged_indices(random);
+  check_shares(random);
   std::printf("%lld shapes and %lld convolutions, int8 bits %016llx, on", (long long)shapes,
               (long long)convolutions, (unsigned long long)int8_bits);
   for (const char* const* isa = gossamer_isas(); *isa; ++isa) std::printf(" %s", *isa);
