@@ -131,3 +131,24 @@ def test_traced_it_is_one_piece() -> None:
     calls = [n for n in exported.graph.nodes if "gemm_int8" in str(n.target)]
     assert len(calls) == 1
     assert same_bits(exported.module()(x), run(fused, x))
+
+
+def test_inputs_by_name() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            y: Tensor = self.conv(left).relu() + self.conv(right)
+            return y
+
+    model, left, right = Two().eval(), images(5), images(5)
+    gs.compress_(model, gs.Int8())
+    fused = gs.fuse(model, {"left": left[:1], "right": right[:1]})
+    assert fused.meta["images"]
+    with torch.no_grad():
+        want = fused(left, right)
+        assert same_bits(fused(right=right, left=left), want)
+        assert same_bits(fused(left, right=right), want)
+        assert same_bits(want, model(left, right))

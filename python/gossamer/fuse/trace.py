@@ -53,20 +53,29 @@ def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(forward)
-    def pieces_of(self: fx.GraphModule, *inputs: Any) -> Any:
+    def pieces_of(self: fx.GraphModule, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or not self.meta.get("images"):
-            return forward(self, *inputs)
-        at_once = max(self.meta["images"], torch.get_num_threads())
-        alike = all(type(x) is Tensor and x.dim() == 4 for x in inputs)
-        batch = inputs[0].size(0) if alike else 0
-        if batch <= at_once or any(x.size(0) != batch for x in inputs):
-            return forward(self, *inputs)
+            return forward(self, *inputs, **named)
+        values = [*inputs, *named.values()]
+        batch, at_once = _batch(values), max(self.meta["images"], torch.get_num_threads())
+        if batch <= at_once:
+            return forward(self, *inputs, **named)
         count = math.ceil(batch / at_once)
-        pieces = zip(*(x.tensor_split(count) for x in inputs), strict=True)
-        results = [forward(self, *piece) for piece in pieces]
+        results = []
+        for piece in zip(*(x.tensor_split(count) for x in values), strict=True):
+            by_name = dict(zip(named, piece[len(inputs) :], strict=True))
+            results.append(forward(self, *piece[: len(inputs)], **by_name))
         return _pytree.tree_map(lambda *parts: torch.cat(parts), *results)
 
     return pieces_of
+
+
+def _batch(values: list[Any]) -> int:
+    """How many images each of the values holds; 0 if they are no images, or not as many."""
+    if not values or not all(type(x) is Tensor and x.dim() == 4 for x in values):
+        return 0
+    sizes = {x.size(0) for x in values}
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def twin(module: _M) -> _M:
