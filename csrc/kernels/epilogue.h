@@ -82,13 +82,14 @@ template <typename T>
 static inline auto load_some(const T* p, int count) {
   return count == kLanes ? load(p) : load_first(p, count);
 }
-static inline F32 every_other(F32 a, F32 b) { return as_f32(every_other(as_i32(a), as_i32(b))); }
 template <typename T, typename Vector>
 static inline void store_some(T* p, Vector a, int count) {
   count == kLanes ? store(p, a) : store_first(p, a, count);
 }
 
-// p[0], p[2], p[4], ... in the `count` first lanes, 0 in the others; what lies behind the last of them is not read.
+static inline F32 every_other(F32 a, F32 b) { return as_f32(every_other(as_i32(a), as_i32(b))); }
+// p[0], p[2], p[4], ... in the `count` first lanes, 0 in the others; what lies behind the last of
+// them is not read.
 template <typename T>
 static inline auto load_every_other(const T* p, int count) {
   const int reach = count > 0 ? 2 * count - 1 : 0, more = reach - (kLanes - 1);
