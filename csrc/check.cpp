@@ -81,6 +81,9 @@ int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* 
   if (x->planar && !(layouts != Layouts::kInnermost && x->conv)) {
     return fail("x is planar, but its channels must be innermost (channels_last) here");
   }
+  if (y->residual && layouts != Layouts::kFloats) {
+    return fail("a residual of floats is for fp32 sparse weights");
+  }
   if (y->blocked && !(layouts == Layouts::kAny && x->conv)) {
     return fail("a blocked y is for convolutions of int8 weights");
   }

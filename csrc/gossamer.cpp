@@ -108,7 +108,7 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
   if (!w) return fail("w must not be NULL");
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y, Layouts::kFloats)) return status;
-  const int64_t row_bytes = 4 * (index.k + chunk_rows(index.n));
+  const int64_t row_bytes = spmm_scratch(index.n, index.k, kMaxLanes) / kMaxLanes;
   const int64_t rows = tile_rows(kMaxLanes, row_bytes, index.n, index.k);
   const Work work = joined_work_of(*x, rows, chunk_count(index.n));
   // An fp32 multiply-add takes twice an int8 one.
@@ -121,8 +121,16 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
     const char* data = static_cast<const char*>(x->data) + (x->conv ? 0 : first * x->stride * size);
     const FloatTile in{data, x->stride, x->dtype, tile.count(), x->conv, first, x->planar != 0};
     const int64_t plane = y->planar ? x->conv->out_h * x->conv->out_w : 0;
-    char* out = static_cast<char*>(y->data) + (plane ? 0 : first * y->stride * size);
-    const Destination to{out, y->stride, x->dtype, y->bias, y->activation, plane, first};
+    const int64_t at = plane ? 0 : first * y->stride * size;
+    const auto* residual = static_cast<const char*>(y->residual);
+    const Destination to{static_cast<char*>(y->data) + at,
+                         y->stride,
+                         x->dtype,
+                         y->bias,
+                         y->activation,
+                         plane,
+                         first,
+                         residual ? residual + at : nullptr};
     kernels_for(tile.count())->spmm(in, *w, tile.units, to, lanes);
     return true;
   });
@@ -158,7 +166,7 @@ extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
                               const gossamer_index* w, float* dw,
                               gossamer_parallel_for parallel_for) {
   if (!dy || !w || (!dw && w->entries > 0)) return fail("dy, w and dw must not be NULL");
-  const gossamer_output y{dw, w->n, 0, nullptr, GOSSAMER_NONE, nullptr};
+  const gossamer_output y{dw, w->n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
   if (const int status = check(x, w->n, w->k, &y)) return status;
   const Work rows = work_of(*x, kMaxLanes, 1);
   if (dy->conv || dy->rows != rows.images * rows.rows || (dy->rows > 1 && dy->stride < w->n)) {
@@ -196,7 +204,7 @@ extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
 extern "C" int gossamer_quantize_rows(const gossamer_input* x, int64_t k, uint8_t* q,
                                       int64_t q_stride, float* scale, int32_t* zero,
                                       gossamer_parallel_for parallel_for) {
-  const gossamer_output y{q, k, 0, nullptr, GOSSAMER_NONE, nullptr};
+  const gossamer_output y{q, k, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
   if (x && x->conv) return fail("quantize_rows takes rows, not a convolution");
   if (const int status = check(x, k, std::min(k, kMaxK), &y)) return status;
   if (x->rows > 1 && x->stride < k) {

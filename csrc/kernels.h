@@ -17,6 +17,7 @@ struct Destination {
   const float* bias;
   gossamer_activation activation;
   int64_t plane = 0, first = 0;
+  const void* residual = nullptr;  // as y, added before the activation
 };
 
 // A tile of activations as quantize_rows leaves them. stride is a multiple of kStep, for gemm_int4
@@ -133,6 +134,8 @@ struct Kernels {
 
 // Most rows in a tile of gemm_w8 and of the sparse kernels.
 constexpr int64_t kMaxLanes = 64;
+// Outputs of spmm whose sums wait together, 256 KB of L2.
+constexpr int64_t kSpmmOutputs = 1024;
 // Rows in a tile of spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
 // Most pixels in a tile of a convolution.
@@ -146,8 +149,12 @@ static inline int64_t panel_lanes(int64_t rows) {
   return lanes;
 }
 static inline int64_t gemm_w8_scratch(int64_t k, int64_t rows) { return k * rows * 4; }
+// Columns of a block, or where outputs wait in several groups all, a line that packing may overwrite,
+// and sums. One row has no lanes: its k floats.
 static inline int64_t spmm_scratch(int64_t n, int64_t k, int64_t rows) {
-  return (k + chunk_rows(n)) * panel_lanes(rows) * 4;
+  const int64_t outputs = round_up(n, kPanel), most = kSpmmOutputs;
+  const int64_t columns = (outputs > most ? k : kBlockFloats) + 1;
+  return (columns + (outputs < most ? outputs : most)) * panel_lanes(rows) * 4 + k * 4;
 }
 static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
   return (ceil_div(k, 4) + chunk_rows(n)) * panel_lanes(rows) * 4;
@@ -161,7 +168,7 @@ static inline int64_t conv_spmm_int8_scratch(int64_t n, int64_t k, int64_t pixel
 }
 
 static inline int64_t sddmm_scratch(int64_t n, int64_t k, int64_t rows) {
-  return spmm_scratch(n, k, rows);
+  return (k + chunk_rows(n)) * panel_lanes(rows) * 4;
 }
 
 // Which of them are linked depends on the architecture: see isa.cpp.

@@ -216,9 +216,70 @@ def test_sums_are_written_over_what_they_alone_read() -> None:
             wide = self.two(x[:1])
             return torch.relu(x + own), read + x, read, F.relu(wide + x)
 
-    model, x = Sums().eval(), images()
+    x = images()
+    for format, left in ((gs.Int8(), ["add_", "relu_"]), (gs.Sparse(), [])):
+        model = Sums().eval()
+        gs.compress_(model, format)
+        fused, before = gs.fuse(model, x), x.clone()
+        assert all(map(same_bits, run(fused, x), run(model, x)))
+        assert same_bits(x, before)
+        assert [n.target for n in fused.graph.nodes if n.op == "call_method"] == left
+    rows = {row.name: row.fused for row in fused.report}
+    assert rows["one"] == "+ x, relu" and rows["two_1"] == ""
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.ReLU, nn.GELU, nn.Hardswish])
+def test_sparse_layers_add_inside(activation: Any) -> None:
+    """Residuals of convolutions and linear layers, of which one comes later than the layer."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+            self.side, self.norm, self.act = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), activation()
+            self.head, self.tail = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.b(self.a(x)))
+            y = self.act(y + torch.sin(self.side(x))).mean((2, 3))
+            y = self.act(self.head(y) + y)
+            return self.tail(y) + y
+
+    dense = lively(Block())
+    gs.prune_(dense, 0.5, "unstructured")
+    model, x = copy.deepcopy(dense), images()
     gs.compress_(model, gs.Sparse())
-    fused, before = gs.fuse(model, x), x.clone()
-    assert all(map(same_bits, run(fused, x), run(model, x)))
-    assert same_bits(x, before)
-    assert [n.target for n in fused.graph.nodes if n.op == "call_method"] == ["add_", "relu_"]
+    fused = gs.fuse(model, x)
+    assert not {"add", "add_"} & {str(n.target) for n in fused.graph.nodes}
+    for form in (torch.contiguous_format, torch.channels_last):
+        for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+            image = x.to(dtype, memory_format=form)
+            got, want = run(fused, image), run(dense, image.float())
+            assert got.dtype == dtype and (got - want).abs().max() <= bound * want.abs().max()
+    with pytest.raises(RuntimeError, match="must have the shape"):
+        model.tail(torch.ones(2, 8), torch.ones(3, 8))
+    gs.compress_(dense, gs.Int8())
+    with pytest.raises(ValueError, match="adds no residual"):
+        dense.tail(torch.ones(2, 8), torch.ones(2, 8))
+    x = torch.ones(2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="inference only"):
+        model.tail(x.detach(), x).sum().backward()
+
+
+@pytest.mark.parametrize("act", [nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU])
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_a_stem_pools_before_its_activation(act: Any, channels: int) -> None:
+    pool, last = nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 4, 1)
+    model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), act(), pool, last)
+    x = torch.randn(2, channels, 12, 11)
+    gs.compress_(lively(model), {"4": gs.Sparse(), "*": None})
+    fused = gs.fuse(model, x)
+    joined = channels <= 4 and act is not nn.SiLU
+    assert (fused.report.rows[0].runs == "PooledConv2d") == joined
+    assert not joined or fused.report.rows[0].fused.endswith("MaxPool2d")
+    x[0, 0, 5, 5] = torch.nan
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        got, want = run(fused, image), run(model, image)
+        assert torch.equal(got.isnan(), want.isnan()) and got.stride() == want.stride()
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert torch.allclose(run(fused, x[1]), want[1], rtol=1e-4, atol=1e-5)

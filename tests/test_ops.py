@@ -29,7 +29,9 @@ IMAGE = ImageCase("ops", (2, 6, 5, 7), (3, 2), stride=(2, 1), sides=(1, 1, 0, 1)
 def arguments(packed: Packed, x: Tensor, bias: Tensor | None, conv: list[int] | None) -> tuple:
     """What the operator of a packed weight is called with."""
     weight = list(packed.buffers())
-    more = {"spmm": [packed.n], "gemm_int8": [None], "spmm_int8": [None]}.get(packed.kernel, [])
+    more = {"spmm": [packed.n, None], "gemm_int8": [None], "spmm_int8": [None]}.get(
+        packed.kernel, []
+    )
     if hasattr(packed, "x_affine"):
         more = []
     return (x, *weight, *more, bias, packed.k, 2, conv)
@@ -157,7 +159,7 @@ def test_k_has_a_limit() -> None:
         "gemm_int8": (x, panels, scale, sums, None, None, k),
         "gemm_w8": (x, panels, scale, None, k),
         "gemm_int4": (x, codes, codes[..., 0].char(), scale, sums, None, k),
-        "spmm": (x, torch.zeros(0), entries, rows, cells[1], 1, None, k),
+        "spmm": (x, torch.zeros(0), entries, rows, cells[1], 1, None, None, k),
         "spmm_int8": (
             *(x, entries.view(0, 1).char(), entries, rows, cells[4], scale, sums),
             *(None, None, k),

@@ -88,6 +88,8 @@ typedef struct {
   const float* bias; /* n, or NULL */
   gossamer_activation activation;
   const gossamer_blocked* blocked; /* NULL: floats */
+  const void* residual; /* added before the activation: floats as y's, in its layout, or NULL;
+                           gossamer_spmm only */
 } gossamer_output;
 
 /* Dense int8: w[o][i] = scale[o] * q[o][i], q in panels of 16 outputs. */

@@ -2,7 +2,7 @@
 // sparse kernel.
 //
 //   int8:   y = act(float(sum - zero * wsum) * (x_scale * w_scale) + bias)
-//   fp32:   y = act(sum + bias)
+//   fp32:   y = act(sum + bias + residual)
 //
 // Only correctly rounded operations (no fused multiply-add), so that int8 results are bit-equal on
 // every Isa.
@@ -125,14 +125,17 @@ struct Dequantize {
   }
 };
 
-// y[row][outputs] = act(value + bias). T is the element type of y: choose it once a tile, with
+// y[row][outputs] = act(value + bias + residual). T is the element type of y: choose it once a tile, with
 // by_dtype.
 template <typename T>
 static inline void write(const Destination& to, int64_t row, const Outputs& outputs, F32 value) {
+  const int64_t at = row * to.stride + outputs.first;
   value = add(value, outputs.bias);
+  if (to.residual) {
+    value = add(value, load_some(static_cast<const T*>(to.residual) + at, outputs.count));
+  }
   if (to.activation != GOSSAMER_NONE) value = activate(value, to.activation);
-  T* y = static_cast<T*>(to.y) + row * to.stride + outputs.first;
-  store_some(y, value, outputs.count);
+  store_some(static_cast<T*>(to.y) + at, value, outputs.count);
 }
 
 // Hint: the lines of y that the end of this tile writes, fetched while it multiplies.

@@ -20,6 +20,22 @@ static inline Cell cell_at(const gossamer_index& w, int64_t block, int64_t chunk
   return {w.rows + 2 * at[0], at[2] - at[0], at[1]};
 }
 
+// Calls body(output) for those of `count` outputs that have no entry in a cell: mostly none or few.
+template <typename Body>
+static inline void each_empty(const Cell& c, int64_t count, Body body) {
+  if (c.count == count) return;
+  constexpr uint64_t kAll = 0x0101010101010101u;
+  uint64_t met[kMaxChunk / 8];
+  for (int64_t i = 0; i * 8 < count; ++i) met[i] = 0;
+  auto* each = reinterpret_cast<uint8_t*>(met);
+  for (int64_t r = 0; r < c.count; ++r) each[c.rows[2 * r]] = 1;
+  for (int64_t i = 0; i * 8 < count; ++i) {
+    if (met[i] == kAll) continue;
+    for (int64_t output = 8 * i; output < count && output < 8 * i + 8; ++output)
+      if (!each[output]) body(output);
+  }
+}
+
 // Walks chunks of outputs: zeroes sums[output][width], calls multiply(block, cell) for each block of
 // `block` of the `columns`, then finish(outputs).
 template <typename Multiply, typename Finish>
@@ -80,11 +96,11 @@ static inline void pack_lanes(int64_t rows, int64_t columns, int64_t lanes, int3
   }
 }
 
-// The first `columns` of a tile of floats -> panel[columns][T].
-static inline void pack_floats(const FloatTile& x, int64_t columns, int64_t lanes, float* panel) {
+// Some columns of a tile of floats -> panel[columns][T].
+static inline void pack_floats(const FloatTile& x, Range columns, int64_t lanes, float* panel) {
   by_dtype(x.dtype, [&](auto type) {
-    const auto* data = static_cast<const decltype(type)*>(x.x);
-    pack_lanes(x.rows, columns, lanes, reinterpret_cast<int32_t*>(panel),
+    const auto* data = static_cast<const decltype(type)*>(x.x) + columns.begin;
+    pack_lanes(x.rows, columns.end - columns.begin, lanes, reinterpret_cast<int32_t*>(panel),
                [&](int64_t row, int64_t column, int count) {
                  const auto* at = data + row * x.stride + column;
                  return as_i32(load_some(at, count));

@@ -7,14 +7,18 @@
 //           tile goes on from one image to the next, so that 16 images of 7 x 7 fill 12.25 tiles
 //           of 64 and not 16
 //
-// Planar: what a tap sees of T pixels are a few pieces of neighbours, the same ones in the plane of
-// each channel; a piece is one load and one store. Each store also writes the zeros behind its
-// piece, and the next piece is written over them: no lane is cleared first, and a piece of 7 pixels
-// costs as much as one of 16. Channels innermost: squares of pixels x channels are transposed.
+// Planar: what a tap sees of T pixels are a few pieces, the same ones in the plane of each channel; a
+// piece is one masked load and one store. Where rows of y follow each other as those of x do (stride
+// 1, padded to the same width), a piece is a vector of lanes, however many rows it spans. Elsewhere a
+// store also writes zeros behind its piece, and the next piece is written over them: no lane is
+// cleared first, and a piece of 7 pixels costs as much as one of 16. Channels innermost: squares of
+// pixels x channels are transposed.
 //
 // Rejected: padded copies of the images, in which a tap is an offset. They are copied once and not
 // once a tap, but what the inner loop then reads is not aligned: two lines of L1 a vector.
 #pragma once
+
+#include <math.h>
 
 #include "lanes.h"
 
@@ -41,45 +45,67 @@ class Pixels {
     }
   }
 
-  // images -> panel[column][lanes].
+  // Some columns of images -> panel[columns][lanes]; up to kLanes floats behind it are overwritten.
   template <typename T>
-  void pack(const T* images, float* panel) const {
+  void pack(const T* images, Range columns, float* panel) const {
     const int64_t channels = round_up(conv_.channels, 4);
-    for (int64_t i = 0; i < conv_.kernel_h; ++i) {
-      for (int64_t j = 0; j < conv_.kernel_w; ++j, panel += channels * lanes_) {
-        planar_ ? pack_planes(images, i, j, panel) : pack_channels(images, i, j, panel);
-        memset(panel + conv_.channels * lanes_, 0,
-               static_cast<size_t>((channels - conv_.channels) * lanes_) * 4);
+    for (int64_t column = columns.begin, next; column < columns.end; column = next) {
+      const int64_t tap = column / channels, i = tap / conv_.kernel_w, j = tap % conv_.kernel_w;
+      next = (tap + 1) * channels < columns.end ? (tap + 1) * channels : columns.end;
+      const int64_t first = column - tap * channels, last = next - tap * channels;
+      const Range real{first, last < conv_.channels ? last : conv_.channels};
+      if (real.begin < real.end) {
+        planar_ ? pack_planes(images, i, j, real, panel) : pack_channels(images, i, j, real, panel);
+        panel += (real.end - real.begin) * lanes_;
       }
+      const int64_t zeros = last - (real.end > first ? real.end : first);
+      memset(panel, 0, static_cast<size_t>(zeros * lanes_) * 4);
+      panel += zeros * lanes_;
     }
   }
 
  private:
-  // `count` elements, then zeros, for the lanes from `lane` on.
+  // A vector of lanes, from `lane` on: of side by side elements those that are `inside`, zeros for
+  // the others; of elements that lie apart the first `count`, then zeros.
   struct Piece {
     int64_t lane, offset, count;
+    int32_t inside[kLanes];
+
+    void take(int64_t first, int64_t more) {
+      for (int64_t i = first; i < first + more; ++i) inside[i] = -1;
+      count += more;
+    }
   };
 
   struct Pieces {
     Piece list[kMaxLanes];
     int64_t count = 0, covered = 0;
 
-    void zeros(int64_t end) {
-      for (; covered < end; covered += kLanes) list[count++] = {covered, 0, 0};
+    Piece* begin(int64_t lane, int64_t offset) {
+      covered = lane + kLanes;
+      list[count] = {lane, offset, 0, {}};
+      return list + count++;
     }
-    // Elements `stride` apart; those that continue the last piece fill it up.
+    void zeros(int64_t end) {
+      while (covered < end) begin(covered, 0);
+    }
+    // Elements `stride` apart. Those that lie in memory as they do in the last piece go into it,
+    // side by side also behind a gap: the pixels of two rows, of which a tap misses the ends.
     void add(int64_t lane, int64_t offset, int64_t left, int64_t stride) {
       while (left > 0) {
-        Piece* last = list + count - 1;
-        if (count == 0 || last->count == 0 || last->count == kLanes ||
-            last->lane + last->count != lane || last->offset + last->count * stride != offset) {
-          zeros(lane);
-          last = list + count++;
-          *last = {lane, offset, 0};
-          covered = lane + kLanes;
+        Piece* last = count > 0 ? list + count - 1 : nullptr;
+        int64_t place = last ? lane - last->lane : kLanes;
+        const bool joins = place < kLanes && offset == last->offset + place * stride &&
+                           last->count > 0 && (stride == 1 || place == last->count);
+        if (!joins) {
+          const int64_t whole = lane / kLanes * kLanes;
+          const int64_t start = stride > 1 || covered > whole ? lane : whole;
+          zeros(start);
+          place = lane - start;
+          last = begin(start, offset - place * stride);
         }
-        const int64_t free = kLanes - last->count, taken = left < free ? left : free;
-        last->count += taken;
+        const int64_t taken = left < kLanes - place ? left : kLanes - place;
+        last->take(place, taken);
         lane += taken;
         offset += taken * stride;
         left -= taken;
@@ -108,24 +134,59 @@ class Pixels {
   }
 
   template <typename T>
-  void pack_planes(const T* images, int64_t i, int64_t j, float* panel) const {
+  void pack_planes(const T* images, int64_t i, int64_t j, Range channels, float* panel) const {
     const int64_t plane = conv_.height * conv_.width, stride = conv_.stride_w;
     Pieces pieces;
     each_inside(i, j, conv_.channels * plane, 1, [&](int64_t lane, int64_t offset, int64_t count) {
       pieces.add(lane, offset, count, stride);
     });
     pieces.zeros(lanes_);
-    // What a store writes behind its line belongs to what is written next: another line, or the sums.
-    for (int64_t c = 0; c < conv_.channels; ++c, images += plane, panel += lanes_) {
+    images += channels.begin * plane;
+    const int64_t count = channels.end - channels.begin;
+    if (stride == 1 && pieces.count * kLanes == lanes_)
+      return by_count<kMaxLanes / kLanes>(pieces.count, [&](auto n) {
+        copy_vectors<decltype(n)::value>(images, plane, pieces, count, panel);
+      });
+    // What a store writes behind its line belongs to what is written next.
+    for (int64_t c = 0; c < count; ++c, images += plane, panel += lanes_) {
       for (int64_t p = 0; p < pieces.count; ++p) {
         const Piece& piece = pieces.list[p];
         const T* from = images + piece.offset;
-        store(panel + piece.lane, stride == 1 ? load_some(from, static_cast<int>(piece.count))
+        store(panel + piece.lane, stride == 1 ? load_inside(from, load(piece.inside))
                                   : stride == 2
                                       ? load_every_other(from, static_cast<int>(piece.count))
                                       : load_apart(from, stride, piece.count));
       }
     }
+  }
+
+  // One piece a vector: no load or store depends on where a row ends.
+  template <int N, typename T>
+  static void copy_vectors(const T* images, int64_t plane, const Pieces& pieces, int64_t channels,
+                           float* panel) {
+    const T* from[N];
+    I32 inside[N];
+    for (int v = 0; v < N; ++v) {
+      from[v] = images + pieces.list[v].offset;
+      inside[v] = load(pieces.list[v].inside);
+    }
+    for (int64_t c = 0; c < channels; ++c, panel += N * kLanes)
+      for (int v = 0; v < N; ++v)
+        store(panel + v * kLanes, load_inside(from[v] + c * plane, inside[v]));
+  }
+
+  static F32 load_inside(const float* from, I32 inside) {
+    return as_f32(load_where(reinterpret_cast<const int32_t*>(from), inside));
+  }
+  // 16-bit elements have no such load.
+  template <typename T>
+  static F32 load_inside(const T* from, I32 inside) {
+    int32_t where[kLanes];
+    store(where, inside);
+    T line[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i)
+      if (where[i]) line[i] = from[i];
+    return load(line);
   }
 
   template <typename T>
@@ -136,15 +197,16 @@ class Pixels {
   }
 
   template <typename T>
-  void pack_channels(const T* images, int64_t i, int64_t j, float* panel) const {
+  void pack_channels(const T* images, int64_t i, int64_t j, Range channels, float* panel) const {
     const T* pixels[kMaxLanes] = {};
-    const int64_t channels = conv_.channels;
-    each_inside(i, j, conv_.height * conv_.width * channels, channels,
+    const int64_t pixel = conv_.channels;
+    each_inside(i, j, conv_.height * conv_.width * pixel, pixel,
                 [&](int64_t lane, int64_t offset, int64_t count) {
                   for (int64_t p = 0; p < count; ++p)
-                    pixels[lane + p] = images + offset + p * conv_.stride_w * channels;
+                    pixels[lane + p] =
+                        images + offset + p * conv_.stride_w * pixel + channels.begin;
                 });
-    pack_lanes(rows_, channels, lanes_, reinterpret_cast<int32_t*>(panel),
+    pack_lanes(rows_, channels.end - channels.begin, lanes_, reinterpret_cast<int32_t*>(panel),
                [&](int64_t lane, int64_t channel, int count) {
                  const T* at = pixels[lane];
                  if (!at) return set(int32_t{0});
@@ -158,6 +220,44 @@ class Pixels {
   Segment segments_[kMaxLanes];
 };
 
+// The planes of y under a tile whose pixels are of one image: what an output's sums become, straight
+// from registers. ReLU is a bound; -Inf is none.
+template <int V>
+struct PlaneWriter {
+  float* y;
+  const float *residual, *bias;
+  int64_t plane;
+  int last;  // pixels in the last vector
+  F32 lower;
+  F32 ill[V];
+
+  PlaneWriter(const Destination& to, int64_t n, int64_t rows) : bias(to.bias), plane(to.plane) {
+    const int64_t first = plane ? to.first / plane * n * plane + to.first % plane : 0;
+    y = static_cast<float*>(to.y) + first;
+    residual = to.residual ? static_cast<const float*>(to.residual) + first : nullptr;
+    last = lanes_left(rows, (V - 1) * kLanes);
+    lower = set(to.activation == GOSSAMER_RELU ? 0.0f : -HUGE_VALF);
+    for (F32& lane : ill) lane = set(0.0f);
+  }
+  // Whether it can write this tile.
+  static bool takes(const Destination& to, int64_t rows) {
+    return to.plane && to.dtype == GOSSAMER_FLOAT32 && to.first % to.plane + rows <= to.plane &&
+           rows > (V - 1) * kLanes &&
+           (to.activation == GOSSAMER_NONE || to.activation == GOSSAMER_RELU);
+  }
+  void operator()(int64_t output, const F32 (&sum)[V]) const {
+    const int64_t at = output * plane;
+    const F32 b = set(bias ? bias[output] : 0.0f);
+    for (int v = 0; v < V; ++v) {
+      const int64_t lane = at + v * kLanes;
+      const int count = v < V - 1 ? kLanes : last;
+      F32 value = add(add(sum[v], ill[v]), b);
+      if (residual) value = add(value, load_some(residual + lane, count));
+      store_some(y + lane, max(lower, value), count);
+    }
+  }
+};
+
 // Writes sums[output][T] of a chunk into the planes of y; value(sums, lane) as in write_lanes.
 template <typename Value>
 static inline void write_planes(const float* sums, int64_t lanes, int64_t rows, int64_t n,
@@ -167,15 +267,18 @@ static inline void write_planes(const float* sums, int64_t lanes, int64_t rows, 
     for (int64_t lane = 0, count; lane < rows; lane += count) {
       const int64_t image = (to.first + lane) / to.plane, pixel = (to.first + lane) % to.plane;
       count = to.plane - pixel < rows - lane ? to.plane - pixel : rows - lane;
-      T* y = static_cast<T*>(to.y) + (image * n + range.begin) * to.plane + pixel;
+      int64_t at = (image * n + range.begin) * to.plane + pixel;
       const float* from = sums + lane;
-      for (int64_t o = range.begin; o < range.end; ++o, y += to.plane, from += lanes) {
+      for (int64_t o = range.begin; o < range.end; ++o, at += to.plane, from += lanes) {
         const F32 bias = set(to.bias ? to.bias[o] : 0.0f);
         for (int64_t i = 0; i < count; i += kLanes) {
           const int left = lanes_left(count, i);
           F32 v = add(value(load_some(from + i, left), lane + i), bias);
+          if (to.residual) {
+            v = add(v, load_some(static_cast<const T*>(to.residual) + at + i, left));
+          }
           if (to.activation != GOSSAMER_NONE) v = activate(v, to.activation);
-          store_some(y + i, v, left);
+          store_some(static_cast<T*>(to.y) + at + i, v, left);
         }
       }
     }

@@ -70,11 +70,11 @@ void sddmm(const FloatTile& x, const FloatTile& dy, const gossamer_index& w, Ran
   const int64_t lanes = lanes_for(x.rows, kMaxLanes), size = chunk_rows(w.n);
   float* xs = static_cast<float*>(scratch);
   float* dys = xs + w.k * lanes;
-  pack_floats(x, w.k, lanes, xs);
+  pack_floats(x, {0, w.k}, lanes, xs);
   for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     const int64_t begin = chunk * size, count = w.n - begin < size ? w.n - begin : size;
     const char* part = static_cast<const char*>(dy.x) + begin * element_size(dy.dtype);
-    pack_floats({part, dy.stride, dy.dtype, dy.rows}, count, lanes, dys);
+    pack_floats({part, dy.stride, dy.dtype, dy.rows}, {0, count}, lanes, dys);
     by_vectors(lanes, [&](auto v) {
       constexpr int V = decltype(v)::value;
       for (int64_t b = 0; b * kBlockFloats < w.k; ++b) {

@@ -83,7 +83,7 @@ struct Call {
   gossamer_output y;
   Call(Address x, int64_t rows, int64_t k, Address y, int64_t n)
       : x{pointer<const void>(x), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0},
-        y{pointer<void>(y), n, 0, nullptr, GOSSAMER_NONE, nullptr} {}
+        y{pointer<void>(y), n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr} {}
 };
 
 void define_products(py::module_& m) {

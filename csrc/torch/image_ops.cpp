@@ -71,7 +71,7 @@ StableIValue convolution(const Tensor& q, Arguments& arguments, int64_t n, Multi
     blocked.residual = static_cast<const uint8_t*>(residual[0].data);
     blocked.residual_scale = affine.scale, blocked.residual_zero = affine.zero;
   }
-  const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked};
+  const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));
   return y.release();
 }

@@ -45,18 +45,34 @@ Tensor result(const Tensor& x, const Input& input, int64_t n) {
   return Tensor::empty({c.images, n, h, w}, {n * plane, 1, w * n, n}, x.dtype);
 }
 
+// What is added to y lies as y does.
+const void* residual_of(const std::vector<Tensor>& optional, const Tensor& y) {
+  if (optional.empty()) return nullptr;
+  const Tensor& r = optional[0];
+  bool alike = r.dtype == y.dtype && r.dim == y.dim;
+  for (int64_t i = 0; alike && i < r.dim; ++i)
+    alike = r.sizes[i] == y.sizes[i] && (r.sizes[i] == 1 || r.strides[i] == y.strides[i]);
+  if (!alike) {
+    fail("the residual of shape " + r.shape() + " must have the shape " + y.shape() +
+         ", dtype and strides of the result");
+  }
+  return r.data;
+}
+
 // What all products share: their tail arguments (bias, k, activation, conv), and the result.
 // `multiply` gets the input and the output of the C ABI.
 template <typename Multiply>
 StableIValue product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments,
-                     int64_t n, Multiply multiply, bool any_layout = false) {
+                     int64_t n, Multiply multiply, bool any_layout = false,
+                     const std::vector<Tensor>& residual = {}) {
   const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Input input(x, k, arguments.optional_integers(), any_layout);
   input.quantize_by(affine);
   Tensor y = result(x, input, n);
-  const gossamer_output output{y.data, n, input.planar, floats_of(bias), activation, nullptr};
+  const gossamer_output output{
+      y.data, n, input.planar, floats_of(bias), activation, nullptr, residual_of(residual, y)};
   require_gossamer(multiply(input.view, k, output));
   return y.release();
 }
@@ -114,20 +130,21 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
       });
 }
 
-// (x, values, columns, rows, cells, n, bias, k, activation, conv)
+// (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
 void spmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTIOIIP");
+  Arguments arguments(stack, "TTTTTIOOIIP");
   const Tensor x = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
   const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
+  const std::vector<Tensor> residual = arguments.optional_tensor();
   stack[0] = product(
       x, {}, arguments, n,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
       },
-      true);
+      true, residual);
 }
 
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
@@ -231,7 +248,7 @@ const Operator kOperators[] = {
      "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
      "wsum, " PRODUCT_TAIL,
      gemm_int4},
-    {"spmm", "spmm(Tensor x, Tensor values, " INDEX "int n, " PRODUCT_TAIL, spmm},
+    {"spmm", "spmm(Tensor x, Tensor values, " INDEX "int n, Tensor? residual, " PRODUCT_TAIL, spmm},
     {"spmm_int8",
      "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " AFFINE
      ", " PRODUCT_TAIL,

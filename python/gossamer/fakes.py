@@ -46,7 +46,7 @@ def _(x, panels, group_scale, scale, wsum, bias, k, activation, conv):
 
 
 @torch.library.register_fake("gossamer::spmm")
-def _(x, values, columns, rows, cells, n, bias, k, activation, conv):
+def _(x, values, columns, rows, cells, n, residual, bias, k, activation, conv):
     return _product_like(x, n, conv)
 
 

@@ -57,13 +57,12 @@ def pack_dense(module: nn.Module, format: Format) -> Packed:
     """
     weight: Any = module.weight
     matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight.detach()
-    kept = vars(module).get("_gossamer_rounded")
+    kept: Any = vars(module).get("_gossamer_rounded")
     trained, x_range = frozen(module), input_range(module, format)
-    if isinstance(kept, Packed) and kept.format == format:
-        same = torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu())
-        if same:
-            own = copy.deepcopy(kept)
-            return own if x_range is None else own.with_range(*x_range)
+    mine = isinstance(kept, Packed) and kept.format == format
+    if mine and torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu()):
+        own = copy.deepcopy(kept)
+        return own if x_range is None else own.with_range(*x_range)
     return pack(matrix, format, x_range, None if trained is None else trained.scale)
 
 
@@ -98,6 +97,14 @@ class _Layer(KeepsDtypes):
         self._activation = ops.activation_index(activation)
         self.activation = activation
 
+    def _multiply(self, x: Tensor, bias: Any, conv: list[int] | None, residual: Any) -> Tensor:
+        packed: Any = self.packed
+        if residual is None:
+            return packed.multiply(x, bias, self._activation, conv)
+        if not packed.adds:
+            raise ValueError(f"{packed.format} adds no residual: add it behind the layer")
+        return packed.multiply(x, bias, self._activation, conv, residual)
+
     @torch.no_grad()
     def scale_(self, factor: Tensor, shift: Tensor) -> None:
         """y becomes y * factor + shift, an output each (n), before the activation.
@@ -118,7 +125,8 @@ class Linear(_Layer):
         bias: (n) float, or None.
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
-    Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype.
+    Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype. `residual`, of
+    that shape, is added before the activation by formats whose `packed.adds`.
 
     Raises:
         ValueError: if the bias does not fit or the activation is unknown.
@@ -156,7 +164,7 @@ class Linear(_Layer):
             )
         return cls(packed, module.bias, activation)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dim() == 0 or x.size(-1) != self.in_features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: its last dimension must be "
@@ -166,6 +174,8 @@ class Linear(_Layer):
         packed: Any = self._modules["packed"]
         buffers = self._buffers
         bias = self.bias if packed.trainable else buffers["bias"]
+        if residual is not None:
+            return self._multiply(x, bias, None, residual)
         return packed.multiply(x, bias, self._activation, None)
 
     def unpack(self) -> Tensor:
@@ -217,7 +227,7 @@ class Conv2d(_Layer):
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
-    float32, bfloat16 or float16; the result has the same dtype and memory format.
+    float32, bfloat16 or float16; the result has its dtype and layout. `residual`: see Linear.
 
     Raises:
         ValueError: if sizes do not fit each other, or the padded input is smaller than the kernel.
@@ -284,7 +294,7 @@ class Conv2d(_Layer):
             activation,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.dim() not in (3, 4) or x.size(-3) != self.in_channels:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: it must be (images, channels, height, width) or "
@@ -294,7 +304,8 @@ class Conv2d(_Layer):
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
         batched = pad_outside(batched, self._outside, self.padding_mode)
         self._check_size(batched)
-        y = self.packed.multiply(batched, self.bias, self._activation, [*self._conv, planar])
+        tail = (batched, self.bias, [*self._conv, planar])
+        y = self._multiply(*tail, residual if residual is None or x.dim() == 4 else residual[None])
         return y if x.dim() == 4 else y.squeeze(0)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gossamer
+from gossamer.inference import finish as _finish
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6", "hardswish")
 
@@ -96,34 +97,6 @@ def _placed(bitmap: Tensor | None) -> Tensor:
     return bitmap
 
 
-# An operator: torch.compile traces a backward that may never run, and this raises when it does run.
-@torch.library.custom_op("gossamer::refuse_gradient", mutates_args=())
-def _refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
-    raise RuntimeError(
-        "a gradient was asked through a packed layer, which is for inference only: train the dense "
-        "model and pack it afterwards, or run the model under torch.no_grad()"
-    )
-
-
-@_refuse_gradient.register_fake
-def _(grad, shape):
-    return grad.new_empty(shape)
-
-
-class _Inference(torch.autograd.Function):
-    """Marks a result whose gradient no kernel can give, so that asking for it is a sentence."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        ctx.mark_dirty(y)  # so that y itself may be returned: of a view, relu_(y) would be refused
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _refuse_gradient(grads[0], ctx.shape), None
-
-
 def _prepare(x: Tensor, conv: list[int] | None, any_layout: bool = False) -> Tensor:
     """x in memory that a kernel can walk, `any_layout` of images too; almost always x itself."""
     if x.dtype not in _FLOATS or not (x.is_cpu or x.is_cuda):
@@ -133,12 +106,6 @@ def _prepare(x: Tensor, conv: list[int] | None, any_layout: bool = False) -> Ten
     if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
         return x
     return x.contiguous()
-
-
-def _finish(x: Tensor, y: Tensor) -> Tensor:
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Inference.apply(x, y.detach())
-    return y
 
 
 def quantize_rows(x: Tensor, x_affine: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,18 +198,27 @@ def spmm(
     conv: list[int] | None = None,
     bitmap: Tensor | None = None,
     steps: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """y = act(x @ w^T + bias), w fp32 and sparse. Index: docs/formats.md, Sparse.
+    """y = act(x @ w^T + bias + residual), w fp32 and sparse. Index: docs/formats.md, Sparse.
 
     Images are read as they lie, contiguous or channels_last. A GPU reads `bitmap` and, of a
-    weight in blocks, `steps` in place of columns, rows and cells.
+    weight in blocks, `steps` in place of columns, rows and cells. `residual` has the shape and
+    dtype of y; on a GPU it is added behind the kernel.
     """
     x_ = _prepare(x, conv, any_layout=True)
     if _on_gpu(x, values):
-        y = _gpu(x.device).spmm(x_, values, _placed(bitmap), steps, n, bias, k, activation, conv)
-    else:
-        y = _spmm(x_, values, columns, rows, cells, n, bias, k, activation, conv)
-    return _finish(x, y)
+        last = activation if residual is None else 0
+        y = _gpu(x.device).spmm(x_, values, _placed(bitmap), steps, n, bias, k, last, conv)
+        if residual is not None:
+            y = gossamer.reference.activate(y + residual, ACTIVATIONS[activation])
+        return _finish(x, y)
+    if residual is not None:
+        last = conv is not None and not conv[-1]
+        lies = torch.channels_last if last else torch.contiguous_format
+        residual = residual.contiguous(memory_format=lies)
+    y = _spmm(x_, values, columns, rows, cells, n, residual, bias, k, activation, conv)
+    return _finish(x if residual is None or x.requires_grad else residual, y)
 
 
 def spmm_int8(

@@ -111,21 +111,30 @@ def gemm_int4(
     return gemm_int8(x, q, scale, bias, activation)
 
 
-def spmm(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    """y = act(x @ weight^T + bias).
+def spmm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """y = act(x @ weight^T + bias + residual).
 
     Args:
         x: (..., k) floats.
         weight: (n, k) floats, zeros included.
         bias: (n) float32.
         activation: see `activate`.
+        residual: (..., n) floats.
 
     Returns:
         (..., n) float64.
     """
     ill = ~torch.isfinite(x).all(-1, keepdim=True)
     y = (x.double() @ weight.double().T).masked_fill(ill, torch.nan)
-    return activate(y if bias is None else y + bias.double(), activation)
+    for addend in (bias, residual):
+        y = y if addend is None else y + addend.double()
+    return activate(y, activation)
 
 
 def spmm_int8(

@@ -48,7 +48,7 @@ void run(const std::string& folder, int64_t rows, int64_t k, int64_t n) {
   const auto x = read<float>(folder + "/x"), bias = read<float>(folder + "/bias");
   const gossamer_input input{x.data(), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0};
   std::vector<float> y(static_cast<size_t>(rows * n));
-  const gossamer_output output{y.data(), n, 0, bias.data(), GOSSAMER_GELU, nullptr};
+  const gossamer_output output{y.data(), n, 0, bias.data(), GOSSAMER_GELU, nullptr, nullptr};
 
   const auto panels = read<int8_t>(folder + "/int8.panels");
   const auto scale = read<float>(folder + "/int8.scale");

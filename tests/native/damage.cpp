@@ -42,7 +42,7 @@ bool refused(const Index& index, const Weight& weight, int64_t unit, Side side) 
   const Guarded<float> x(std::vector<float>(static_cast<size_t>(lines * weight.k), 0.5f), side);
   Guarded<float> y(lines * weight.n, side);
   const gossamer_input input{x.data(), GOSSAMER_FLOAT32, lines, weight.k, nullptr, 0, 0, 0};
-  const gossamer_output output{y.data(), weight.n, 0, nullptr, GOSSAMER_NONE, nullptr};
+  const gossamer_output output{y.data(), weight.n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
   const gossamer_sparse sparse{view, floats.data()};
   const gossamer_sparse_int8 sparse_int8{view, values.data(), scale.data(), wsum.data()};
   require_ok(unit == 1 ? gossamer_spmm(&input, &sparse, &output, nullptr)

@@ -135,7 +135,8 @@ class Chain {
   std::vector<uint8_t> through_the_abi(gossamer_parallel_for parallel_for) const {
     Guarded<uint8_t> y(bytes(), side_);
     const gossamer_input x = images_.view(q_.data(), GOSSAMER_UINT8, 0);
-    const gossamer_output to{y.data(), n(), 0, bias_.data(), images_.p.activation, &quantized_};
+    const gossamer_output to{y.data(),    n(),    0, bias_.data(), images_.p.activation,
+                             &quantized_, nullptr};
     const gossamer_int8 dense = operands_.int8();
     const gossamer_sparse_int8 sparse = operands_.sparse_int8();
     require_ok(arithmetic_ == Arithmetic::kInt8
@@ -201,7 +202,8 @@ void check_inputs(const Images& images, Arithmetic arithmetic, const Operands& o
         images.view(q.data(), GOSSAMER_UINT8, 0)}) {
     if (x.dtype == GOSSAMER_UINT8 && p.dtype != GOSSAMER_FLOAT32) continue;
     Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
-    const gossamer_output to{y.data(), p.weight.n, p.planar, bias.data(), p.activation, nullptr};
+    const gossamer_output to{y.data(),     p.weight.n, p.planar, bias.data(),
+                             p.activation, nullptr,    nullptr};
     const gossamer_int8 dense = operands.int8();
     const gossamer_sparse_int8 sparse = operands.sparse_int8();
     require_ok(arithmetic == Arithmetic::kInt8 ? gossamer_gemm_int8(&x, &dense, &to, nullptr)

@@ -224,7 +224,7 @@ void check_shares(std::mt19937& random) {
     const Matrix x = random_matrix(rows, k, random);
     std::vector<float> y(static_cast<size_t>(rows * n), NAN);
     const gossamer_input input{x.x.data(), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0};
-    const gossamer_output output{y.data(), n, 0, nullptr, GOSSAMER_NONE, nullptr};
+    const gossamer_output output{y.data(), n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
     const gossamer_sparse w = operands.sparse();
     require_ok(gossamer_spmm(&input, &w, &output, first_half));
     for (size_t i = 0; i < y.size(); ++i)

@@ -41,11 +41,13 @@ class Packed(nn.Module):
         kernel: name of the operator that multiplies it.
         trainable: gradients flow through `multiply`, to x, to the weight and to the bias.
         convolves: blocked images too, where the format is static.
+        adds: `multiply` takes a residual.
     """
 
     kernel: str
     trainable = False
     convolves = False
+    adds = False
     BUFFERS: ClassVar[dict[str, torch.dtype]]
 
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:

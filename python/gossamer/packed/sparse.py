@@ -74,6 +74,7 @@ class PackedSparse(_Indexed):
     """`Sparse()`: fp32 values and their index."""
 
     kernel = "spmm"
+    adds = True
     UNIT = 1
     BUFFERS: ClassVar = {"values": torch.float32, **INDEX_BUFFERS}
 
@@ -94,12 +95,17 @@ class PackedSparse(_Indexed):
             raise ValueError("values hold a NaN or an Inf: the file is damaged")
 
     def multiply(
-        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"])
         mapped = (b.get("bitmap"), b.get("steps"))
-        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *mapped)
+        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *mapped, residual)
 
     def unpack(self) -> Tensor:
         weight = self.values.new_zeros(self.n, self.k)

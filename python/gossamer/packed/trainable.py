@@ -101,6 +101,7 @@ class PackedTrainableSparse(PackedSparse):
     """`Sparse(trainable=True)`: `values` is a Parameter, of one float for each non-zero."""
 
     trainable = True
+    adds = False
 
     def __init__(self, n: int, k: int, format: Format, buffers: dict[str, Tensor]) -> None:
         super().__init__(n, k, format, buffers)
@@ -149,8 +150,14 @@ class PackedTrainableSparse(PackedSparse):
         self._transpose()
 
     def multiply(
-        self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        activation: int,
+        conv: list[int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
+        """As every format; it takes no residual (`adds`)."""
         b, values = self._tensors(), self.values
         index, mapped = (b["columns"], b["rows"], b["cells"]), (b.get("bitmap"), b.get("steps"))
         learns = any(t is not None and t.requires_grad for t in (x, values, bias))
