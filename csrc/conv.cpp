@@ -14,6 +14,14 @@ int64_t tile_pixels(const gossamer_conv& c, int64_t most) {
   return ceil_div(vectors, tiles) * lanes;
 }
 
+// The same with pixels that fill no vector, where they are few: 196 are 66, 66 and 64; 49 are one tile.
+int64_t dense_tile_pixels(const gossamer_conv& c) {
+  const int64_t lanes = active_kernels()->lanes, count = c.out_h * c.out_w, rest = count % lanes;
+  if (rest == 0 || rest > std::min(kRestPixels, lanes / 2)) return tile_pixels(c, kMaxPixels);
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(count / lanes, kMaxPixels / lanes));
+  return ceil_div(count / lanes, tiles) * lanes + ceil_div(rest, tiles);
+}
+
 // Blocked images: as they lie, or of floats, each made once in a thread's scratch.
 class Images {
  public:
@@ -92,7 +100,7 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
   if (!w) return fail("w must not be NULL");
   if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
   if (const int status = check(x, w->n, w->k, y, Layouts::kAny)) return status;
-  const int64_t panels = ceil_div(w->n, kPanel), pixels = tile_pixels(*x->conv, kMaxPixels);
+  const int64_t panels = ceil_div(w->n, kPanel), pixels = dense_tile_pixels(*x->conv);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
   return convolve(*x, *y, w->n, work, double(w->n) * double(w->k), Even(),
                   conv_int8_scratch(w->k, pixels), parallel_for,

@@ -138,8 +138,9 @@ constexpr int64_t kMaxLanes = 64;
 constexpr int64_t kSpmmOutputs = 1024;
 // Rows in a tile of spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
-// Most pixels in a tile of a convolution.
+// Most pixels in a tile of a convolution, and more of them in a dense one, that fill no vector.
 constexpr int64_t kMaxPixels = 64;
+constexpr int64_t kRestPixels = 8;
 
 // Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a
 // vector: 16 on the widest Isa.

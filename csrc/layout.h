@@ -38,9 +38,7 @@ constexpr int kBlockWords = 192;
 // A chunk's sums, 512 x 64 fp32 = 128 KB, stay in a 512 KB L2.
 constexpr int kMaxChunk = 512;
 
-static inline int64_t round_up(int64_t value, int64_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 static inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 // An even number of chunks of equal size, a multiple of 16: two threads can share one tile of rows.

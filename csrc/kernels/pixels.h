@@ -10,6 +10,8 @@ namespace gossamer {
 namespace GOSSAMER_ISA {
 
 constexpr int kMaxVectors = kMaxPixels / kLanes;
+// Of a window: those of a dense convolution's tile may be a few pixels more.
+constexpr int64_t kWindowPixels = round_up(kMaxPixels + kRestPixels, 16);
 
 static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
 
@@ -17,7 +19,7 @@ static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixe
 class Window {
  public:
   Window(const gossamer_conv& conv, Range pixels) : conv_(conv) {
-    int32_t top[kMaxPixels], left[kMaxPixels];
+    int32_t top[kWindowPixels], left[kWindowPixels];
     const int64_t count = pixels.end - pixels.begin, width = width_of(pixels);
     const bool same = conv.stride_h == 1 && conv.stride_w == 1 && conv.out_w == conv.width;
     int64_t row = pixels.begin / conv.out_w, column = pixels.begin % conv.out_w;
@@ -79,15 +81,15 @@ class Window {
 
  private:
   const gossamer_conv& conv_;
-  I32 top_[kMaxVectors], left_[kMaxVectors];
+  I32 top_[kWindowPixels / kLanes], left_[kWindowPixels / kLanes];
   // The place of a vector's first lane. whole: all lanes are pixels of one row, side by side or with
   // one between; where a tap finds them all inside of the image, they are one or two loads.
   struct Row {
     int64_t top, left;
     bool whole;
-  } rows_[kMaxVectors];
+  } rows_[kWindowPixels / kLanes];
   // The words of a vector are neighbours: of one row, or where rows follow each other as in y.
-  bool joined_[kMaxVectors];
+  bool joined_[kWindowPixels / kLanes];
 };
 
 // The image under a tile -> panel[tap][block of channels][width].

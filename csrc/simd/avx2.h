@@ -227,6 +227,26 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
 #endif
 }
 
+// The loop of conv_int8 has 14 registers of sums, pixels and weights: two are left, none for the ones.
+// gcc 12 finds no such order by itself, and stores five sums a turn: ResNet-50's layers, 40.8 ms for
+// the 35.3 that they take so.
+static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+#ifdef __AVXVNNI__
+  return dot(sum, x0, w0, x1, w1);
+#else
+  alignas(32) static const int16_t ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  __m256i s = sum.v, t, u;
+  asm("vpmaddubsw %[w0], %[x0], %[t]\n\t"
+      "vpmaddubsw %[w1], %[x1], %[u]\n\t"
+      "vpaddw %[u], %[t], %[t]\n\t"
+      "vpmaddwd %[ones], %[t], %[t]\n\t"
+      "vpaddd %[t], %[s], %[s]"
+      : [s] "+x"(s), [t] "=&x"(t), [u] "=&x"(u)
+      : [x0] "x"(x0.v), [w0] "x"(w0.v), [x1] "x"(x1.v), [w1] "x"(w1.v), [ones] "m"(ones));
+  return {s};
+#endif
+}
+
 static inline I4 dot(I4 sum, I4 x, I4 w) {
 #ifdef __AVXVNNI__
   return {_mm_dpbusd_avx_epi32(sum.v, x.v, w.v)};

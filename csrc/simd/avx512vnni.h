@@ -202,6 +202,9 @@ static inline void transpose(I32 (&r)[kLanes]) {
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return {_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum.v, x0.v, w0.v), x1.v, w1.v)};
 }
+static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+  return dot(sum, x0, w0, x1, w1);
+}
 
 static inline I4 dot(I4 sum, I4 x, I4 w) { return {_mm_dpbusd_epi32(sum.v, x.v, w.v)}; }
 

@@ -290,6 +290,10 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
     return s;
   });
 }
+// The same in as few registers as an Isa knows how: for loops that have none to spare.
+static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+  return dot(sum, x0, w0, x1, w1);
+}
 
 // Four words, for a product of one row: it has no rows to fill lanes with. kCount < 4 fills the first
 // ones, the others are 0.

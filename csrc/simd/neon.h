@@ -193,6 +193,9 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   const int32x4_t w_term = vdotq_s32(vdotq_s32(vdupq_n_s32(0), flip, bytes(w0)), flip, bytes(w1));
   return {vsubq_s32(sum.v, w_term)};
 }
+static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
+  return dot(sum, x0, w0, x1, w1);
+}
 
 // int4: the table is looked up by each byte.
 template <int kNibble>

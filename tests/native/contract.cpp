@@ -184,7 +184,8 @@ void draw_dot(Numbers (&x)[5]) {
   }
 }
 bool check_dot() {
-  return lanes<I32, base::I32>("dot", draw_dot, [](auto... v) { return dot(v...); });
+  return lanes<I32, base::I32>("dot", draw_dot, [](auto... v) { return dot(v...); }) &&
+         lanes<I32, base::I32>("dot_tight", draw_dot, [](auto... v) { return dot_tight(v...); });
 }
 
 // Rounded once or twice.
