@@ -1,6 +1,5 @@
 // contract.cpp: every function of simd/<isa>.h against its plain twin in simd/base.h, bit for bit.
-// Compiled once an Isa with the flags of its kernels, and under their rule: nothing of std, of which
-// the linker might keep an AVX-512 copy for all.
+// Compiled once an Isa with the flags of its kernels, and as they are without anything of std.
 
 #include <math.h>
 #include <stdint.h>
