@@ -88,35 +88,59 @@ struct ByEntries {
   }
 };
 
+// Items (a unit of a tile each) by what they cost: a unit what lies between before(unit) and
+// before(unit + 1) for each of the tile's rows, of 196 pixels the last of four tiles has 4.
+template <typename Before>
+class Shares {
+ public:
+  Shares(const Work& work, const Before& before)
+      : work_(work),
+        before_(before),
+        whole_((work.rows - 1) / work.tile),
+        last_(weight(work.rows - whole_ * work.tile)),
+        image_(before(work.units) * (whole_ * weight(work.tile) + last_)) {}
+
+  int64_t cost() const { return work_.images * image_; }
+  // The first item whose middle lies at `at` or behind it: of two that are nearly equal, each half
+  // has one.
+  int64_t item(int64_t at) const {
+    const int64_t each = before_(work_.units) * weight(work_.tile);
+    const int64_t t = std::min(at % image_ / each, whole_), place = at % image_ - t * each;
+    const int64_t rows = t < whole_ ? weight(work_.tile) : last_;
+    int64_t low = 0, high = work_.units;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      const int64_t twice = before_(middle) + before_(middle + 1);
+      rows* twice < 2 * place ? low = middle + 1 : high = middle;
+    }
+    return (at / image_ * (whole_ + 1) + t) * work_.units + low;
+  }
+
+ private:
+  static int64_t weight(int64_t rows) { return round_up(rows, 8); }
+
+  const Work& work_;
+  const Before& before_;
+  int64_t whole_, last_, image_;
+};
+
 // Calls body(tile) for ranges of units that cover all tiles. `macs` is what all of it costs.
 template <typename Before, typename Body>
 int run(const Work& work, double macs, Before before, gossamer_parallel_for parallel_for,
         Body body) {
   if (work.tiles() * work.units == 0) return GOSSAMER_OK;
+  const Shares<Before> shares(work, before);
   struct Context {
     const Work& work;
-    const Before& before;
+    const Shares<Before>& shares;
     Body& body;
-    int64_t cost;  // of one tile
     std::atomic<bool> failed;
-
-    // The first item (a unit of a tile) whose middle lies at `at` or behind it: of two units that
-    // are nearly equal, each half has one.
-    int64_t item(int64_t at) const {
-      int64_t low = 0, high = work.units;
-      while (low < high) {
-        const int64_t middle = (low + high) / 2;
-        const int64_t twice = before(middle) + before(middle + 1);
-        twice < 2 * (at % cost) ? low = middle + 1 : high = middle;
-      }
-      return at / cost * work.units + low;
-    }
-  } context{work, before, body, before(work.units), {false}};
+  } context{work, shares, body, {false}};
   const gossamer_body each = [](int64_t from, int64_t to, void* opaque) {
     Context& c = *static_cast<Context*>(opaque);
     const int64_t units = c.work.units;
     int64_t image = -1;
-    for (int64_t begin = c.item(from), end = c.item(to); begin < end;) {
+    for (int64_t begin = c.shares.item(from), end = c.shares.item(to); begin < end;) {
       const int64_t t = begin / units, first = begin % units,
                     last = std::min(units, first + end - begin);
       Tile tile = tile_at(c.work, t);
@@ -128,7 +152,7 @@ int run(const Work& work, double macs, Before before, gossamer_parallel_for para
     }
     scratch.trim();
   };
-  const int64_t cost = work.tiles() * context.cost;
+  const int64_t cost = shares.cost();
   const double grain = std::ceil(kGrainMacs * static_cast<double>(cost) / std::max(macs, 1.0));
   if (!parallel_for || grain >= static_cast<double>(cost)) {
     each(0, cost, &context);

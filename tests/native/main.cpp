@@ -232,6 +232,21 @@ void check_shares(std::mt19937& random) {
   }
 }
 
+// 196 rows are three tiles of 64 and one of 4: half of them are not two tiles.
+void check_shares_of_tiles(std::mt19937& random) {
+  const int64_t rows = 196, n = 32, k = 512;
+  const Operands operands(Weight(n, k, 0.9, 1, random), Side::kEnd);
+  const Matrix x = random_matrix(rows, k, random);
+  std::vector<float> y(static_cast<size_t>(rows * n), NAN);
+  const gossamer_input input{x.x.data(), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0};
+  const gossamer_output output{y.data(), n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
+  const gossamer_sparse w = operands.sparse();
+  require_ok(gossamer_spmm(&input, &w, &output, first_half));
+  int64_t done = 0;
+  for (float value : y) done += value == value;
+  require(done == n * 64 + n / 2 * 64, "spmm: the first of two threads has not three half tiles");
+}
+
 }  // namespace
 
 int main() try {
@@ -240,6 +255,7 @@ int main() try {
   const int64_t shapes = check_shapes(random), convolutions = check_convolutions(random);
   check_damaged_indices(random);
   check_shares(random);
+  check_shares_of_tiles(random);
   std::printf("%lld shapes and %lld convolutions, int8 bits %016llx, on", (long long)shapes,
               (long long)convolutions, (unsigned long long)int8_bits);
   for (const char* const* isa = gossamer_isas(); *isa; ++isa) std::printf(" %s", *isa);

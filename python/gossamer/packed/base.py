@@ -279,10 +279,10 @@ class Packed(nn.Module):
         affine = self._tensors().get("x_affine")
         if affine is None:
             raise ValueError(f"{self.format} has no range for its input: only static formats have")
-        images = (affine, bias, y_affine, residual, residual_affine)
-        return self._convolve(q, (*images, self.k, activation, conv))
+        addend = (residual, residual_affine)
+        return self._convolve(q, affine, bias, y_affine, *addend, self.k, activation, conv)
 
-    def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any) -> Tensor:
         """`convolve`: its operator, with what follows the weight's buffers."""
         raise NotImplementedError
 

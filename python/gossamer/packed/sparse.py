@@ -188,7 +188,7 @@ class PackedSparseInt8(_Indexed):
         affine, mapped = b.get("x_affine"), (b.get("bitmap"), b.get("steps"))
         return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, *mapped)
 
-    def _convolve(self, q: Tensor, tail: tuple[Any, ...]) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
         arguments: tuple[Any, ...] = (*weight, *tail, b.get("bitmap"))
