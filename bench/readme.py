@@ -120,6 +120,7 @@ RESNET = {
     "openvino int8": "OpenVINO int8",
     "int8": "`Int8` static, fused",
     "sparse fp32 90 %": "`Sparse` 90 %, fused",
+    "sparse fp32 90 %, stem too": "`Sparse` 90 %, the first layer too, fused",
     "sparse int8 80 %": "`SparseInt8` 80 %, static, fused",
     "sparse int8 90 %": "`SparseInt8` 90 %, static, fused",
 }

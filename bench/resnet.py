@@ -5,10 +5,10 @@
                                           # ONNX Runtime cannot be
 
 Weights are random (what they are does not change the speed), BatchNorm has the statistics of its
-input. Pruned nets keep all weights of the last layer and, unless they say so, of the stem. Each net is compared with
-torch fp32 on the same weights before the clock starts; then all take their turn in each round, on
-one thread and ours also on two, twice in a row of which the second counts. torch's BatchNorm is
-folded too.
+input. Pruned nets keep all weights of the last layer and, unless they say so, of the stem. Each
+net is compared with torch fp32 on the same weights before the clock starts; then all take their
+turn in each round, on one thread and ours also on two, twice in a row of which the second counts.
+torch's BatchNorm is folded too.
 """
 
 from __future__ import annotations

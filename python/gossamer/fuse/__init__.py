@@ -27,6 +27,8 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     - ReLU, ReLU6, SiLU, Hardswish and exact GELU become the activation of the packed layer before.
     - Packed linear layers of one format that read the same tensor, such as the query, key and value
       of attention, become one layer, and its result is cut in slices.
+    - `gs.Sparse()` layers add a residual inside, with the activation behind the sum. A dense
+      convolution of an image's few channels pools before its ReLU, channels innermost.
     - Between static convolutions (`gs.Int8(activations="static")`, `gs.SparseInt8(...)`) values
       stay 8 bits, in one layout; an addition becomes the residual of the convolution before it,
       max-pooling, concatenation, nearest upsampling and ReLU move bytes, and means over all pixels
