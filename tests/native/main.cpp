@@ -62,14 +62,21 @@ int multiply(Arithmetic arithmetic, const gossamer_input& x, const Operands& w,
 }
 
 std::vector<char> result(const Product& p, Arithmetic arithmetic, const Operands& operands,
-                         Side side, gossamer_parallel_for parallel_for, bool planes = false) {
+                         Side side, gossamer_parallel_for parallel_for, bool planes = false,
+                         bool adds_nothing = false) {
   const Guarded<char> x(p.encoded_x(planes), side);
   const Guarded<float> bias(p.bias, side);
   Guarded<char> y(p.y_extent() * size_of(p.dtype), side);
+  const Guarded<char> zeros(std::vector<char>(size_t(p.y_extent() * size_of(p.dtype))), side);
   const gossamer_input input{x.data(), p.dtype,       p.x.rows,     p.x.k + p.gap,
                              p.conv,   p.given.scale, p.given.zero, planes};
-  const gossamer_output output{y.data(),    p.weight.n + p.gap, p.planar,
-                               bias.data(), p.activation,       nullptr};
+  const gossamer_output output{y.data(),
+                               p.weight.n + p.gap,
+                               p.planar,
+                               bias.data(),
+                               p.activation,
+                               nullptr,
+                               adds_nothing ? zeros.data() : nullptr};
   require_ok(multiply(arithmetic, input, operands, output, parallel_for));
   return y.values();
 }
@@ -100,10 +107,14 @@ void check_products(const Product& p) {
       compare(p, reference, y, what);
       require(y == result(p, arithmetic, operands[1], Side::kBegin, backwards),
               what + ": another split, other bits");
-      for (const Side side : kSides)
-        if (p.conv && arithmetic == Arithmetic::kSparse)
+      for (const Side side : kSides) {
+        if (arithmetic != Arithmetic::kSparse) continue;
+        if (p.conv)
           require(y == result(p, arithmetic, operands[0], side, backwards, true),
                   what + ": planar images, other bits");
+        compare(p, reference, result(p, arithmetic, operands[0], side, nullptr, p.conv, true),
+                what + ", a residual of zeros");
+      }
       if (integers(arithmetic) && !first.empty())
         require(y == first, what + ": not the bits of the other Isas");
       first = y;
