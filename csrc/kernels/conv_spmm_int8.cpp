@@ -55,18 +55,15 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
   const Cell c = cell_at(w.index, 0, chunk);
   const int8_t* values = w.values + c.entry * 4;
   const uint8_t* columns = w.index.columns + c.entry;
-  bool met[kMaxChunk] = {};
   for (int64_t r = 0; r < c.count; ++r) {
     I32 sum[V];
     for (I32& s : sum) s = set(int32_t{0});
     multiply_row(panel, c.rows[2 * r + 1], values, columns, sum);
     finish(c.rows[2 * r], sum);
-    met[c.rows[2 * r]] = true;
   }
   I32 none[V];
   for (I32& s : none) s = set(int32_t{0});
-  for (int64_t output = 0; output < outputs; ++output)
-    if (!met[output]) finish(output, none);
+  each_empty(c, outputs, [&](int64_t output) { finish(output, none); });
 
   for (int64_t o = 0; o < outputs; o += 4, bytes += 4 * kWidth, y += plane) {
     for (int v = 0; v < V; ++v) {
