@@ -14,7 +14,8 @@ int64_t tile_pixels(const gossamer_conv& c, int64_t most) {
   return ceil_div(vectors, tiles) * lanes;
 }
 
-// The same with pixels that fill no vector, where they are few: 196 are 66, 66 and 64; 49 are one tile.
+// The same with pixels that fill no vector, where they are few: 196 are 66, 66 and 64; 49 are one
+// tile.
 int64_t dense_tile_pixels(const gossamer_conv& c) {
   const int64_t lanes = active_kernels()->lanes, count = c.out_h * c.out_w, rest = count % lanes;
   if (rest == 0 || rest > std::min(kRestPixels, lanes / 2)) return tile_pixels(c, kMaxPixels);

@@ -125,8 +125,8 @@ struct Dequantize {
   }
 };
 
-// y[row][outputs] = act(value + bias + residual). T is the element type of y: choose it once a tile, with
-// by_dtype.
+// y[row][outputs] = act(value + bias + residual). T is the element type of y: choose it once a tile,
+// with by_dtype.
 template <typename T>
 static inline void write(const Destination& to, int64_t row, const Outputs& outputs, F32 value) {
   const int64_t at = row * to.stride + outputs.first;

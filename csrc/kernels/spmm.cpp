@@ -77,7 +77,6 @@ void cell(const float* panel, const gossamer_sparse& w, const Cell& c, int64_t c
     values += some * length;
     columns += some * length;
   }
-  if (c.count == count) return;
   each_empty(c, count, [&](int64_t output) {
     F32 none[V];
     for (int v = 0; v < V; ++v)
