@@ -21,14 +21,30 @@ namespace GOSSAMER_ISA {
 
 namespace {
 
+// bytes[output][packed vectors], four of V vectors each -> words of y; the last vector has `last`
+// pixels.
+template <int V>
+void write_words(const int32_t* bytes, int64_t outputs, int64_t plane, int last, int32_t* y) {
+  constexpr int64_t kLine = (V + 3) / 4 * kLanes;
+  for (int64_t o = 0; o < outputs; o += 4, bytes += 4 * kLine, y += plane) {
+    for (int v = 0; v < V; v += 4) {
+      I32 words[4];
+      for (int i = 0; i < 4; ++i) words[i] = load(bytes + i * kLine + v / 4 * kLanes);
+      interleave(words);
+      for (int i = v; i < v + 4 && i < V; ++i)
+        store_some(y + i * kLanes, words[i - v], i < V - 1 ? kLanes : last);
+    }
+  }
+}
+
 // Where all columns are in one block, the sums of an output are done when its row is: they go from
-// registers to bytes, and these wait in L1, [output][V vectors], for the other three of their words.
-// Without it the sums are zeroed, added to and read again: 64-byte lines in L2, for the one or two
-// entries that a 1x1 layer of 64 channels has at 90 %.
+// registers to bytes, and these wait in L1 for the other three of their words. Without it the sums
+// are zeroed, added to and read again: 64-byte lines in L2, for the one or two entries that a 1x1
+// layer of 64 channels has at 90 %.
 template <int V, bool kResidual>
 void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
-               const ImageDestination& to, const int32_t* panel, uint8_t* bytes) {
-  constexpr int64_t kWidth = V * kLanes;
+               const ImageDestination& to, const int32_t* panel, int32_t* bytes) {
+  constexpr int kFours = (V + 3) / 4;
   const int64_t begin = chunk * chunk_rows(w.index.n), plane = to.to.stride,
                 left = round_up(w.index.n, 4) - begin,
                 outputs = left < chunk_rows(w.index.n) ? left : chunk_rows(w.index.n);
@@ -36,12 +52,12 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
   const Requantize<kResidual, true> requantize(*to.blocked, to.to.activation);
   // The word of output `begin` at the first pixel; the last vector may have fewer pixels.
   const int64_t first = begin / 4 * plane + x.pixels.begin;
-  const int last = lanes_left(x.pixels.end - x.pixels.begin, kWidth - kLanes);
+  const int last = lanes_left(x.pixels.end - x.pixels.begin, (V - 1) * kLanes);
   const auto* residual = reinterpret_cast<const int32_t*>(to.blocked->residual) + first;
-  auto* y = static_cast<int32_t*>(to.to.y) + first;
 
-  const auto finish = [=](int64_t output, const I32(&sum)[V]) {
-    const Output floats = of.output(begin + output);
+  const auto finish = [=](int64_t output, const Output& floats, const I32(&sum)[V]) {
+    I32 byte[4 * kFours];
+    for (int v = 0; v < 4 * kFours; ++v) byte[v] = set(int32_t{0});
     for (int v = 0; v < V; ++v) {
       I32 other = set(int32_t{0});
       if (kResidual) {
@@ -49,29 +65,30 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
         other =
             unsigned_byte(v < V - 1 ? load(at) : load_some(at, last), static_cast<int>(output % 4));
       }
-      store_bytes(bytes + output * kWidth + v * kLanes, requantize(floats(sum[v]), other));
+      byte[v] = requantize(floats.corrected(sum[v]), other);
     }
+    for (int v = 0; v < 4 * kFours; v += 4) {
+      store(bytes + (output * kFours + v / 4) * kLanes,
+            pack_bytes(byte[v], byte[v + 1], byte[v + 2], byte[v + 3], requantize.zero,
+                       requantize.least));
+    }
+  };
+  const auto one = [=](int64_t output, auto multiply) {
+    const Output floats = of.output(begin + output);
+    I32 sum[V];
+    for (I32& s : sum) s = sub(set(int32_t{0}), floats.correction);
+    multiply(sum);
+    finish(output, floats, sum);
   };
   const Cell c = cell_at(w.index, 0, chunk);
   const int8_t* values = w.values + c.entry * 4;
   const uint8_t* columns = w.index.columns + c.entry;
   for (int64_t r = 0; r < c.count; ++r) {
-    I32 sum[V];
-    for (I32& s : sum) s = set(int32_t{0});
-    multiply_row(panel, c.rows[2 * r + 1], values, columns, sum);
-    finish(c.rows[2 * r], sum);
+    one(c.rows[2 * r],
+        [&](I32(&sum)[V]) { multiply_row(panel, c.rows[2 * r + 1], values, columns, sum); });
   }
-  I32 none[V];
-  for (I32& s : none) s = set(int32_t{0});
-  each_empty(c, outputs, [&](int64_t output) { finish(output, none); });
-
-  for (int64_t o = 0; o < outputs; o += 4, bytes += 4 * kWidth, y += plane) {
-    for (int v = 0; v < V; ++v) {
-      const auto line = [&](int i) { return load_unsigned(bytes + i * kWidth + v * kLanes); };
-      store_some(y + v * kLanes, join_bytes(line(0), line(1), line(2), line(3)),
-                 v < V - 1 ? kLanes : last);
-    }
-  }
+  each_empty(c, outputs, [&](int64_t output) { one(output, [](I32(&)[V]) {}); });
+  write_words<V>(bytes, outputs, plane, last, static_cast<int32_t*>(to.to.y) + first);
 }
 
 }  // namespace
@@ -82,16 +99,15 @@ void conv_spmm_int8(const ImageTile& x, const gossamer_sparse_int8& w, Range chu
   auto* panel = static_cast<int32_t*>(scratch);
   int32_t* sums = panel + columns * width;
   gather(x, panel);
-  const bool direct = kBytesByOutput && to.blocked && columns <= kBlockWords &&
+  const bool direct = to.blocked && columns <= kBlockWords &&
                       (to.to.activation == GOSSAMER_NONE || to.to.activation == GOSSAMER_RELU);
   const Epilogue finish{x, w.scale, w.wsum, w.index.n, to};
   by_count<kMaxVectors>(width / kLanes, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     if (direct) {
-      auto* bytes = reinterpret_cast<uint8_t*>(sums);
       for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        to.blocked->residual ? one_block<V, true>(x, w, chunk, to, panel, bytes)
-                             : one_block<V, false>(x, w, chunk, to, panel, bytes);
+        to.blocked->residual ? one_block<V, true>(x, w, chunk, to, panel, sums)
+                             : one_block<V, false>(x, w, chunk, to, panel, sums);
       }
       return;
     }

@@ -118,32 +118,38 @@ struct Output {
   // None (outputs that fill up the last block): 0.
   Output() : scale(set(0.0f)), bias(set(0.0f)), correction(set(0)) {}
   Output(Affine x, float w_scale, int32_t wsum, float its_bias)
-      : scale(mul(set(x.scale), set(w_scale))),
+      : scale(set(x.scale * w_scale)),
         bias(set(its_bias)),
-        correction(mul(set(x.zero), set(wsum))) {}
-  F32 operator()(I32 sum) const { return add(mul(to_f32(sub(sum, correction)), scale), bias); }
+        correction(set(
+            static_cast<int32_t>(static_cast<uint32_t>(x.zero) * static_cast<uint32_t>(wsum)))) {}
+  F32 operator()(I32 sum) const { return corrected(sub(sum, correction)); }
+  F32 corrected(I32 sum) const { return add(mul(to_f32(sum), scale), bias); }
 };
 
-// Floats of one output to bytes of a blocked image. kResidual: adds bytes of another one first.
-// kClamped: no activation, or ReLU, which is a bound of the clamping that follows anyway: a scale is
-// positive.
+// Floats of one output to integers that pack_bytes, with `zero` and `least`, makes bytes of a blocked
+// image. kResidual: adds bytes of another one first. kClamped: no activation, or ReLU, which is a
+// bound of the clamping that follows anyway: a scale is positive.
 template <bool kResidual, bool kClamped>
 struct Requantize {
-  Quantize quantize;
+  F32 factor, last;
+  I32 zero, least;
   F32 residual_scale;
   I32 residual_zero;
   gossamer_activation activation;
 
   Requantize(const gossamer_blocked& y, gossamer_activation its_activation)
-      : quantize({y.scale, y.zero}),
+      : factor(set(1 / y.scale)),
+        last(set(static_cast<float>(255 - y.zero))),
+        zero(set_twice(y.zero)),
+        least(set_twice(kClamped && its_activation == GOSSAMER_RELU ? y.zero : 0)),
         residual_scale(set(y.residual_scale)),
         residual_zero(set(y.residual_zero)),
-        activation(its_activation) {
-    if (kClamped && activation == GOSSAMER_RELU) quantize.first = set(0.0f);
-  }
+        activation(its_activation) {}
+  // NaN, and what lies far below, become INT32_MIN: the least byte.
   I32 operator()(F32 value, I32 residual) const {
     if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
-    return quantize(kClamped ? value : activate(value, activation));
+    if (!kClamped) value = activate(value, activation);
+    return round(min(last, mul(value, factor)));
   }
 };
 
@@ -204,9 +210,9 @@ struct Epilogue {
           constexpr int i = decltype(lane)::value;
           return bytes(each[i](load(sums + i * width + p)), unsigned_byte(r, i));
         };
-        store_some(static_cast<int32_t*>(image.to.y) + line + p,
-                   join_bytes(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()), byte(Int<3>())),
-                   left);
+        const I32 packed = pack_bytes(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()),
+                                      byte(Int<3>()), bytes.zero, bytes.least);
+        store_some(static_cast<int32_t*>(image.to.y) + line + p, in_words(packed), left);
       }
     }
   }

@@ -26,9 +26,6 @@ constexpr int kInt4RowPanels = 4;
 // 4 outputs x 2 vectors of sums, 4 of pixels, 2 broadcasts: 14 of 32 registers. 4 vectors fit too,
 // but gcc 12 then spills in the loop: about 28 ms for the 24.4 that ResNet-50's layers take.
 constexpr int kConvVectors = 2;
-// conv_spmm_int8 turns each output's sums to bytes in registers, where it can: ResNet-50's layers
-// at 90 % take 6.8 ms so, 7.4 four outputs at a time.
-constexpr bool kBytesByOutput = true;
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 
@@ -114,9 +111,6 @@ static inline I32 set_word(const void* p) {
 static inline I32 load_signed(const int8_t* p) {
   return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-static inline I32 load_unsigned(const uint8_t* p) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
 static inline void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
 }
@@ -151,14 +145,31 @@ static inline I32 signed_byte(I32 a) {
   return {_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * kByte), 24)};
 }
 static inline I32 unsigned_byte(I32 a, int byte) {
-  const __m128i bits = _mm_cvtsi32_si128(8 * byte);
-  return {_mm512_and_si512(_mm512_srl_epi32(a.v, bits), _mm512_set1_epi32(255))};
+  // 0x80 takes no byte, but a zero.
+  const int32_t first = INT32_MIN + 0x808000 + byte;
+  const __m128i words = _mm_setr_epi32(first, first + 4, first + 8, first + 12);
+  return {_mm512_shuffle_epi8(a.v, _mm512_broadcast_i32x4(words))};
 }
-static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const __m512i bytes =
-      _mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
+static inline I32 set_twice(int32_t x) { return {_mm512_set1_epi16(static_cast<int16_t>(x))}; }
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
+  const auto pair = [&](I32 low, I32 high) {
+    return _mm512_max_epi16(_mm512_adds_epi16(_mm512_packs_epi32(low.v, high.v), zero.v), least.v);
+  };
+  return {_mm512_packus_epi16(pair(a, b), pair(c, d))};
+}
+static inline I32 in_words(I32 packed) {
   const __m128i each = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return {_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(each))};
+  return {_mm512_shuffle_epi8(packed.v, _mm512_broadcast_i32x4(each))};
+}
+static inline void interleave(I32 (&l)[4]) {
+  const __m512i low01 = _mm512_unpacklo_epi8(l[0].v, l[1].v),
+                high01 = _mm512_unpackhi_epi8(l[0].v, l[1].v),
+                low23 = _mm512_unpacklo_epi8(l[2].v, l[3].v),
+                high23 = _mm512_unpackhi_epi8(l[2].v, l[3].v);
+  l[0].v = _mm512_unpacklo_epi16(low01, low23);
+  l[1].v = _mm512_unpackhi_epi16(low01, low23);
+  l[2].v = _mm512_unpacklo_epi16(high01, high23);
+  l[3].v = _mm512_unpackhi_epi16(high01, high23);
 }
 static inline I32 max_bytes(I32 a, I32 b) { return {_mm512_max_epu8(a.v, b.v)}; }
 

@@ -25,8 +25,6 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // Tile of conv_int8: four outputs x this many vectors of pixels.
 constexpr int kConvVectors = 2;
-// conv_spmm_int8 turns each output's sums to bytes in registers, where it can.
-constexpr bool kBytesByOutput = false;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -138,9 +136,6 @@ static inline I32 set_word(const void* p) {
 static inline I32 load_signed(const int8_t* p) {
   return each<I32>([&](int i) { return p[i]; });
 }
-static inline I32 load_unsigned(const uint8_t* p) {
-  return each<I32>([&](int i) { return p[i]; });
-}
 // Hint: the line at p is read soon.
 static inline void prefetch(const void*) {}
 
@@ -216,12 +211,34 @@ static inline I32 signed_byte(I32 a) {
 static inline I32 unsigned_byte(I32 a, int byte) {
   return each<I32>([&](int i) { return int32_t(uint8_t(uint32_t(a.v[i]) >> 8 * byte)); });
 }
-// The word of four lanes, lowest byte first, each clamped to 0..255.
-static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const auto byte = [](int32_t x) { return uint32_t(x < 0 ? 0 : x > 255 ? 255 : x); };
+// A number of 16 bits twice in each lane: what pack_bytes adds and compares.
+static inline I32 set_twice(int32_t x) { return set((x & 0xffff) | int32_t(uint32_t(x) << 16)); }
+// max(x + zero, least) of four vectors, clamped to 0..255; in an order of the Isa's own, which the
+// next two know. zero and least, of set_twice, are 0..255.
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
+  const auto byte = [&](int32_t x, int i) {
+    const int64_t sum = int64_t(x) + int16_t(zero.v[i]), low = int16_t(least.v[i]);
+    return uint32_t(sum < low ? low : sum > 255 ? 255 : sum);
+  };
   return each<I32>([&](int i) {
-    return int32_t(byte(a.v[i]) | byte(b.v[i]) << 8 | byte(c.v[i]) << 16 | byte(d.v[i]) << 24);
+    return int32_t(byte(a.v[i], i) | byte(b.v[i], i) << 8 | byte(c.v[i], i) << 16 |
+                   byte(d.v[i], i) << 24);
   });
+}
+// Lane i: bytes i of the four vectors that were packed.
+static inline I32 in_words(I32 packed) { return packed; }
+// In place, four packed lines of four vectors each -> vector j of all lines, as words: lane i has byte
+// i of vector j of lines 0, 1, 2 and 3.
+static inline void interleave(I32 (&lines)[4]) {
+  I32 words[4];
+  for (int j = 0; j < 4; ++j) {
+    words[j] = each<I32>([&](int i) {
+      uint32_t word = 0;
+      for (int o = 0; o < 4; ++o) word |= (uint32_t(lines[o].v[i]) >> 8 * j & 255) << 8 * o;
+      return int32_t(word);
+    });
+  }
+  memcpy(lines, words, sizeof words);
 }
 // The larger of each two unsigned bytes.
 static inline I32 max_bytes(I32 a, I32 b) {

@@ -23,8 +23,6 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts, a correction: 27 of 32. Not measured.
 constexpr int kConvVectors = 4;
-// See avx2.h. Not measured.
-constexpr bool kBytesByOutput = false;
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -105,12 +103,6 @@ static inline I32 load_signed(const int8_t* p) {
   memcpy(&four, p, 4);
   return {vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))};
 }
-static inline I32 load_unsigned(const uint8_t* p) {
-  uint32_t four;
-  memcpy(&four, p, 4);
-  const uint16x8_t wide = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
-  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide)))};
-}
 static inline I32 set_word(const void* p) {
   int32_t word;
   memcpy(&word, p, 4);
@@ -152,13 +144,29 @@ static inline I32 signed_byte(I32 a) {
 static inline I32 unsigned_byte(I32 a, int byte) {
   return {vandq_s32(vshlq_s32(a.v, vdupq_n_s32(-8 * byte)), vdupq_n_s32(255))};
 }
-static inline I32 join_bytes(I32 a, I32 b, I32 c, I32 d) {
-  const auto pair = [](int32x4_t low, int32x4_t high) {
-    return vcombine_s16(vqmovn_s32(low), vqmovn_s32(high));
+static inline I32 set_twice(int32_t x) {
+  return {vreinterpretq_s32_s16(vdupq_n_s16(static_cast<int16_t>(x)))};
+}
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
+  const auto words = [](I32 x) { return vreinterpretq_s16_s32(x.v); };
+  const auto pair = [&](I32 low, I32 high) {
+    const int16x8_t both = vcombine_s16(vqmovn_s32(low.v), vqmovn_s32(high.v));
+    return vqmovun_s16(vmaxq_s16(vqaddq_s16(both, words(zero)), words(least)));
   };
-  const uint8x16_t bytes = vcombine_u8(vqmovun_s16(pair(a.v, b.v)), vqmovun_s16(pair(c.v, d.v)));
+  return {vreinterpretq_s32_u8(vcombine_u8(pair(a, b), pair(c, d)))};
+}
+static inline I32 in_words(I32 packed) {
   constexpr uint8_t kEach[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-  return {vreinterpretq_s32_u8(vqtbl1q_u8(bytes, vld1q_u8(kEach)))};
+  return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(packed.v), vld1q_u8(kEach)))};
+}
+static inline void interleave(I32 (&l)[4]) {
+  const auto bytes = [&](int i) { return vreinterpretq_u8_s32(l[i].v); };
+  const uint8x16x2_t ab = vzipq_u8(bytes(0), bytes(1)), cd = vzipq_u8(bytes(2), bytes(3));
+  for (int half = 0; half < 2; ++half) {
+    const uint16x8x2_t words =
+        vzipq_u16(vreinterpretq_u16_u8(ab.val[half]), vreinterpretq_u16_u8(cd.val[half]));
+    for (int i = 0; i < 2; ++i) l[2 * half + i].v = vreinterpretq_s32_u16(words.val[i]);
+  }
 }
 static inline I32 max_bytes(I32 a, I32 b) {
   return {vreinterpretq_s32_u8(vmaxq_u8(vreinterpretq_u8_s32(a.v), vreinterpretq_u8_s32(b.v)))};
