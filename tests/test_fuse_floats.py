@@ -180,7 +180,7 @@ def test_an_ill_image_is_an_error(ill: float) -> None:
         run(fused, x)
 
 
-def test_max_pools_of_floats_run_with_channels_innermost() -> None:
+def test_max_pools_of_floats_run_axis_by_axis() -> None:
     class Pools(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_max_pools_of_floats_run_with_channels_innermost() -> None:
     model, x = Pools().eval(), images()
     gs.compress_(model, gs.Sparse())
     fused = gs.fuse(model, x)
-    assert [row.runs for row in fused.report][1:] == ["LastMaxPool2d", "LastMaxPool2d"]
+    assert [row.runs for row in fused.report][1:] == ["SeparableMaxPool2d", "SeparableMaxPool2d"]
     x[0, 0, 5, 5] = torch.nan
     got = run(fused, x)
     assert torch.equal(got.isnan(), run(model, x).isnan())
@@ -203,6 +203,33 @@ def test_max_pools_of_floats_run_with_channels_innermost() -> None:
     assert run(fused, last).is_contiguous(memory_format=torch.channels_last)
     one = run(gs.fuse(model, x[0]), x[0])  # an image without a batch
     assert same_bits(one.nan_to_num(), run(model, x[0]).nan_to_num())
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, (5, 2)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_max_pools_of_any_geometry(kernel: Any, stride: int) -> None:
+    """Bit for bit those of torch, whatever each axis's windows have of the padding."""
+    pools = 0
+    for padding in (0, 1):
+        for dilation in (1, 2, 3):
+            for ceil_mode in (False, True):
+                if padding > min(nn.modules.utils._pair(kernel)) // 2:
+                    continue
+                pool = nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=ceil_mode)
+                for height, width in ((13, 14), (15, 16)):
+                    x = torch.randn(2, 5, height, width)
+                    x[0, 0, 4, 4], x[1, 2] = torch.nan, -torch.inf
+                    fused = gs.fuse(nn.Sequential(pool).eval(), x)
+                    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+                        got, want = run(fused, image), pool(image)
+                        assert got.stride() == want.stride()
+                        assert torch.equal(got.isnan(), want.isnan())
+                        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+                    pools += fused.report.rows[0].runs == "SeparableMaxPool2d"
+    assert pools >= 12
+    small = gs.fuse(nn.Sequential(nn.MaxPool2d(3)).eval(), x)
+    with pytest.raises(RuntimeError, match="too small"):
+        run(small, torch.zeros(1, 5, 2, 3))
 
 
 def test_sums_are_written_over_what_they_alone_read() -> None:

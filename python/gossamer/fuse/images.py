@@ -104,14 +104,10 @@ class ImageMaxPool2d(KeepsDtypes):
     def _end(self, size: int, i: int) -> int:
         """Padding behind the last row or column; of ceil_mode, what completes the last window."""
         pool = self.pool
-        before, stride = pool.padding[i], pool.stride[i]
         if not pool.ceil_mode:
-            return before
+            return pool.padding[i]
         reach = pool.dilation[i] * (pool.kernel[i] - 1) + 1
-        windows = -(-(size + 2 * before - reach) // stride)
-        # As torch: a window must not begin behind the input.
-        windows -= int(windows * stride >= size + before)
-        return windows * stride + reach - size - before
+        return (pool.windows(size, i) - 1) * pool.stride[i] + reach - size - pool.padding[i]
 
     def extra_repr(self) -> str:
         return str(self.pool)

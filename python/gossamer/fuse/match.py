@@ -146,6 +146,15 @@ class MaxPool:
     dilation: tuple[int, int]
     ceil_mode: bool
 
+    def windows(self, size: int, i: int) -> int:
+        """How many windows `size` rows (i = 0) or columns (1) have, counted as torch counts."""
+        room = size + 2 * self.padding[i] - self.dilation[i] * (self.kernel[i] - 1) - 1
+        if not self.ceil_mode:
+            return room // self.stride[i] + 1
+        last = -(-room // self.stride[i])
+        # A window must not begin behind the input.
+        return last + int(last * self.stride[i] < size + self.padding[i])
+
 
 @dataclass(frozen=True)
 class Nearest:
