@@ -69,7 +69,8 @@ class SeparableMaxPool2d(nn.Module):
                 some.append((begin, x[:, :, places] if i == 0 else x[..., places]))
         if len(whole) < 2:
             both = ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
-            return F.max_pool2d(x, *(b if i == 0 else b[::-1] for b in both), pool.ceil_mode)
+            sizes = [b if i == 0 else b[::-1] for b in both]
+            return F.max_pool2d(x, sizes[0], sizes[1], sizes[2], sizes[3], pool.ceil_mode)
         y = torch.maximum(whole[0], whole[1])
         for begin, part in [(0, part) for part in whole[2:]] + some:
             # Clamping from below by a tensor is torch.maximum in place.
