@@ -217,6 +217,8 @@ def test_opcheck_of_images(stem: str) -> None:
         tail = (None, Y_AFFINE, residual_of(y), R_AFFINE, packed.k, 2, conv)
         op = ops._conv_int8 if stem == "gemm_int8" else ops._conv_spmm_int8
         torch.library.opcheck(op, (q, *weight, *tail))
+        over = ops._conv_int8_ if stem == "gemm_int8" else ops._conv_spmm_int8_
+        torch.library.opcheck(over, (q, *weight, *tail))
         torch.library.opcheck(ops._block, (x, AFFINE))
         torch.library.opcheck(ops._unblock, (q, AFFINE, case.shape[1], 1))
         torch.library.opcheck(ops._max_pool, (q, *window_of(case)))

@@ -70,6 +70,13 @@ def test_opcheck_of_convolutions(stem: str, planar: bool) -> None:
     torch.library.opcheck(operator_of(stem), call)
 
 
+def test_opcheck_of_sums_in_place() -> None:
+    packed = packed_case("spmm", CASE)
+    x, y = CASE.x(), packed.matmul(CASE.x())
+    weight = list(packed.buffers())
+    torch.library.opcheck(ops._spmm_, (x, *weight, CASE.n, y, CASE.bias(), CASE.k, 1, None))
+
+
 @pytest.mark.parametrize("stem", INT8_STEMS)
 def test_opcheck_of_static_products(stem: str) -> None:
     packed = static_case(stem, CASE)

@@ -73,7 +73,7 @@ typedef struct {
 typedef struct {
   float scale;
   int32_t zero;
-  const uint8_t* residual; /* a blocked image of y's shape, or NULL */
+  const uint8_t* residual; /* a blocked image of y's shape, which may be y itself, or NULL */
   float residual_scale;
   int32_t residual_zero;
 } gossamer_blocked;
@@ -88,8 +88,8 @@ typedef struct {
   const float* bias; /* n, or NULL */
   gossamer_activation activation;
   const gossamer_blocked* blocked; /* NULL: floats */
-  const void* residual; /* added before the activation: floats as y's, in its layout, or NULL;
-                           gossamer_spmm only */
+  const void* residual; /* added before the activation: floats as y's, in its layout, which may be
+                           y itself; or NULL. gossamer_spmm only */
 } gossamer_output;
 
 /* Dense int8: w[o][i] = scale[o] * q[o][i], q in panels of 16 outputs. */

@@ -11,10 +11,11 @@
 namespace gossamer {
 namespace {
 
-Tensor blocked_tensor(int64_t images, int64_t channels, int64_t height, int64_t width) {
+Layout blocked_layout(int64_t images, int64_t channels, int64_t height, int64_t width) {
   const int64_t blocks = up(channels, 4) / 4, line = 4 * width, plane = height * line;
-  return Tensor::empty({images, blocks, height, width, 4}, {blocks * plane, plane, line, 4, 1},
-                       aoti_torch_dtype_uint8());
+  return {{images, blocks, height, width, 4},
+          {blocks * plane, plane, line, 4, 1},
+          aoti_torch_dtype_uint8()};
 }
 
 void check_blocked(const Tensor& q, const char* name) {
@@ -39,41 +40,39 @@ struct Blocked {
     conv = conv_of(q.sizes[0], 4 * q.sizes[1], q.sizes[2], q.sizes[3], geometry);
     view.conv = &conv;
   }
-  Tensor result(int64_t channels) const {
-    return blocked_tensor(conv.images, channels, conv.out_h > 0 ? conv.out_h : 0,
+  Layout result(int64_t channels) const {
+    return blocked_layout(conv.images, channels, conv.out_h > 0 ? conv.out_h : 0,
                           conv.out_w > 0 ? conv.out_w : 0);
   }
 };
 
 // What both convolutions share behind their weights: x_affine, bias, y_affine, residual,
 // residual_affine, k, activation, conv. `multiply` gets input, k and output of the C ABI.
-template <typename Multiply>
-StableIValue convolution(const Tensor& q, Arguments& arguments, int64_t n, Multiply multiply) {
+template <bool kInPlace, typename Multiply>
+void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue* stack,
+                 Multiply multiply) {
   const int32_t floats = aoti_torch_dtype_float32();
   const Affine x_affine(arguments.weight("x_affine", floats, 2), "x_affine");
   const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
   const Affine y_affine(arguments.weight("y_affine", floats, 2), "y_affine");
-  const std::vector<Tensor> residual = arguments.optional_tensor();
+  std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
   const std::vector<Tensor> range = arguments.optional_floats("residual_affine", 2);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Blocked input(q, x_affine.scale, x_affine.zero);
   input.convolve(q, arguments.integers());
-  Tensor y = input.result(n);
+  const Layout layout = input.result(n);
   gossamer_blocked blocked{y_affine.scale, y_affine.zero, nullptr, 0, 0};
   if (!residual.empty()) {
-    check_blocked(residual[0], "residual");
-    if (residual[0].shape() != y.shape()) {
-      fail("residual of shape " + residual[0].shape() + " must have that of y, " + y.shape());
-    }
+    blocked.residual = static_cast<const uint8_t*>(residual_of(residual, layout));
     if (range.empty()) fail("a residual needs its residual_affine");
     const Affine affine(range[0], "residual_affine");
-    blocked.residual = static_cast<const uint8_t*>(residual[0].data);
     blocked.residual_scale = affine.scale, blocked.residual_zero = affine.zero;
   }
+  Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
   const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));
-  return y.release();
+  if (!kInPlace) stack[0] = y.release();
 }
 
 }  // namespace
@@ -91,7 +90,7 @@ void block(StableIValue* stack, uint64_t, uint64_t) {
   }
   const gossamer_input input{x.data,  float_dtype(x), x.sizes[0],  channels * pixels,
                              nullptr, affine.scale,   affine.zero, planar};
-  Tensor q = blocked_tensor(x.sizes[0], channels, x.sizes[2], x.sizes[3]);
+  Tensor q = Tensor::empty(blocked_layout(x.sizes[0], channels, x.sizes[2], x.sizes[3]));
   require_gossamer(
       gossamer_block(&input, channels, pixels, static_cast<uint8_t*>(q.data), parallel_for));
   stack[0] = q.release();
@@ -111,8 +110,9 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
                             aoti_torch_dtype_float16()};
   if (dtype < 0 || dtype > 2) fail("y must be float32, bfloat16 or float16");
   const int64_t height = q.sizes[2], width = q.sizes[3], pixels = height * width;
-  Tensor y = Tensor::empty({q.sizes[0], channels, height, width},
-                           {channels * pixels, pixels, width, 1}, dtypes[dtype]);
+  Tensor y = Tensor::empty({{q.sizes[0], channels, height, width},
+                            {channels * pixels, pixels, width, 1},
+                            dtypes[dtype]});
   require_gossamer(gossamer_unblock(&input.view, channels, pixels, y.data,
                                     static_cast<gossamer_dtype>(dtype), parallel_for));
   stack[0] = y.release();
@@ -130,42 +130,48 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
     geometry.insert(geometry.end(), more->begin(), more->end());
   geometry.push_back(0);
   input.convolve(q, geometry);
-  Tensor y = input.result(4 * q.sizes[1]);
+  Tensor y = Tensor::empty(input.result(4 * q.sizes[1]));
   require_gossamer(gossamer_max_pool(&input.view, static_cast<uint8_t*>(y.data), parallel_for));
   stack[0] = y.release();
 }
 
 // (q, panels, scale, wsum, x_affine, ...)
+template <bool kInPlace>
 void conv_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTOTOOIIL");
+  Arguments arguments(stack, kInPlace ? "TTTTTOTTOIIL" : "TTTTTOTOOIIL");
   const Tensor q = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  stack[0] = convolution(q, arguments, n,
-                         [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
-                           const gossamer_int8 w = dense_int8(panels, scale, &wsum, k);
-                           return gossamer_conv_int8(&x, &w, &y, parallel_for);
-                         });
+  convolution<kInPlace>(q, arguments, n, stack,
+                        [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+                          const gossamer_int8 w = dense_int8(panels, scale, &wsum, k);
+                          return gossamer_conv_int8(&x, &w, &y, parallel_for);
+                        });
 }
+template void conv_int8<false>(StableIValue*, uint64_t, uint64_t);
+template void conv_int8<true>(StableIValue*, uint64_t, uint64_t);
 
 // (q, values, columns, rows, cells, scale, wsum, x_affine, ...)
+template <bool kInPlace>
 void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTTTTOTOOIIL");
+  Arguments arguments(stack, kInPlace ? "TTTTTTTTOTTOIIL" : "TTTTTTTTOTOOIIL");
   const Tensor q = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
   const Index index(arguments, values.numel() / 4);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  stack[0] = convolution(
-      q, arguments, n, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+  convolution<kInPlace>(
+      q, arguments, n, stack, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
         const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
                                      static_cast<const float*>(scale.data),
                                      static_cast<const int32_t*>(wsum.data)};
         return gossamer_conv_spmm_int8(&x, &w, &y, parallel_for);
       });
 }
+template void conv_spmm_int8<false>(StableIValue*, uint64_t, uint64_t);
+template void conv_spmm_int8<true>(StableIValue*, uint64_t, uint64_t);
 
 }  // namespace gossamer

@@ -32,6 +32,26 @@ inline const float* floats_of(const std::vector<Tensor>& optional) {
   return optional.empty() ? nullptr : static_cast<const float*>(optional[0].data);
 }
 
+// What is added to a result, which lies as that does; null for nothing.
+inline const void* residual_of(const std::vector<Tensor>& optional, const Layout& y) {
+  if (optional.empty()) return nullptr;
+  if (!optional[0].is(y)) {
+    fail("the residual of shape " + optional[0].shape() + " must have the shape " +
+         shape_of(y.sizes.data(), y.sizes.size()) + ", dtype and strides of the result");
+  }
+  return optional[0].data;
+}
+
+// What an operator adds to its result. kInPlace, of those whose names end with _: the result takes
+// its memory, and nothing is returned.
+template <bool kInPlace>
+std::vector<Tensor> residual_of(Arguments& arguments) {
+  if (!kInPlace) return arguments.optional_tensor();
+  std::vector<Tensor> residual;
+  residual.push_back(arguments.tensor());
+  return residual;
+}
+
 // What a tensor of (scale, zero point) says.
 struct Affine {
   float scale;

@@ -6,7 +6,8 @@
 // one too. conv lists kernel, stride, dilation (height,
 // width each), padding (top, bottom, left, right) and whether the result is planar (contiguous)
 // instead of channels_last. x_affine, of products that quantize x, holds the (scale, zero point) to do
-// that by; None: each row's own.
+// that by; None: each row's own. An operator whose name ends with _ writes its result over the
+// residual.
 
 #include <string>
 #include <vector>
@@ -20,7 +21,9 @@ namespace gossamer {
 void block(StableIValue* stack, uint64_t, uint64_t);
 void unblock(StableIValue* stack, uint64_t, uint64_t);
 void max_pool(StableIValue* stack, uint64_t, uint64_t);
+template <bool kInPlace>
 void conv_int8(StableIValue* stack, uint64_t, uint64_t);
+template <bool kInPlace>
 void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
 }  // namespace gossamer
 
@@ -28,7 +31,7 @@ namespace {
 
 using namespace gossamer;
 
-Tensor result(const Tensor& x, const Input& input, int64_t n) {
+Layout result(const Tensor& x, const Input& input, int64_t n) {
   if (!input.view.conv) {
     std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(sizes.size());
     sizes.back() = n;
@@ -37,44 +40,32 @@ Tensor result(const Tensor& x, const Input& input, int64_t n) {
       strides[i] = stride;
       stride *= sizes[i] > 1 ? sizes[i] : 1;
     }
-    return Tensor::empty(sizes, strides, x.dtype);
+    return {sizes, strides, x.dtype};
   }
   const gossamer_conv& c = input.conv;
   const int64_t h = c.out_h > 0 ? c.out_h : 0, w = c.out_w > 0 ? c.out_w : 0, plane = h * w;
-  if (input.planar) return Tensor::empty({c.images, n, h, w}, {n * plane, plane, w, 1}, x.dtype);
-  return Tensor::empty({c.images, n, h, w}, {n * plane, 1, w * n, n}, x.dtype);
-}
-
-// What is added to y lies as y does.
-const void* residual_of(const std::vector<Tensor>& optional, const Tensor& y) {
-  if (optional.empty()) return nullptr;
-  const Tensor& r = optional[0];
-  bool alike = r.dtype == y.dtype && r.dim == y.dim;
-  for (int64_t i = 0; alike && i < r.dim; ++i)
-    alike = r.sizes[i] == y.sizes[i] && (r.sizes[i] == 1 || r.strides[i] == y.strides[i]);
-  if (!alike) {
-    fail("the residual of shape " + r.shape() + " must have the shape " + y.shape() +
-         ", dtype and strides of the result");
-  }
-  return r.data;
+  if (input.planar) return {{c.images, n, h, w}, {n * plane, plane, w, 1}, x.dtype};
+  return {{c.images, n, h, w}, {n * plane, 1, w * n, n}, x.dtype};
 }
 
 // What all products share: their tail arguments (bias, k, activation, conv), and the result.
 // `multiply` gets the input and the output of the C ABI.
-template <typename Multiply>
-StableIValue product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments,
-                     int64_t n, Multiply multiply, bool any_layout = false,
-                     const std::vector<Tensor>& residual = {}) {
+template <bool kInPlace = false, typename Multiply>
+void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments, int64_t n,
+             StableIValue* stack, Multiply multiply, bool any_layout = false,
+             std::vector<Tensor> residual = {}) {
   const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Input input(x, k, arguments.optional_integers(), any_layout);
   input.quantize_by(affine);
-  Tensor y = result(x, input, n);
-  const gossamer_output output{
-      y.data, n, input.planar, floats_of(bias), activation, nullptr, residual_of(residual, y)};
+  const Layout layout = result(x, input, n);
+  const void* addend = residual_of(residual, layout);
+  Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
+  const gossamer_output output{y.data,     n,       input.planar, floats_of(bias),
+                               activation, nullptr, addend};
   require_gossamer(multiply(input.view, k, output));
-  return y.release();
+  if (!kInPlace) stack[0] = y.release();
 }
 
 // (x, panels, scale, wsum, x_affine, bias, k, activation, conv); gemm_w8 has no wsum, no x_affine.
@@ -90,8 +81,8 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
     sums.push_back(arguments.weight("wsum", aoti_torch_dtype_int32(), n));
     affine = arguments.optional_floats("x_affine", 2);
   }
-  stack[0] = product(
-      x, affine, arguments, n,
+  product(
+      x, affine, arguments, n, stack,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_int8 w = dense_int8(panels, scale, kQuantized ? &sums[0] : nullptr, k);
         return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
@@ -108,43 +99,44 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  stack[0] = product(
-      x, {}, arguments, n, [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const int64_t weights = up(n, 16) * up(k, 32);
-        // (panels, groups, 16): of its sizes, that of a panel says what a group is.
-        const int64_t groups = group_scale.dim == 3 ? group_scale.sizes[1] : 0;
-        const int64_t group = groups > 0 ? up(k, 32) / groups : 0;
-        if (panels.numel() * 2 != weights || group_scale.numel() * group != weights) {
-          fail("panels of shape " + panels.shape() + " and group_scale of shape " +
-               group_scale.shape() + " do not hold n=" + std::to_string(n) +
-               ", k=" + std::to_string(k));
-        }
-        const gossamer_int4 w{n,
-                              k,
-                              group,
-                              static_cast<const uint8_t*>(panels.data),
-                              static_cast<const int8_t*>(group_scale.data),
-                              static_cast<const float*>(scale.data),
-                              static_cast<const int32_t*>(wsum.data)};
-        return gossamer_gemm_int4(&input, &w, &y, parallel_for);
-      });
+  product(x, {}, arguments, n, stack,
+          [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+            const int64_t weights = up(n, 16) * up(k, 32);
+            // (panels, groups, 16): of its sizes, that of a panel says what a group is.
+            const int64_t groups = group_scale.dim == 3 ? group_scale.sizes[1] : 0;
+            const int64_t group = groups > 0 ? up(k, 32) / groups : 0;
+            if (panels.numel() * 2 != weights || group_scale.numel() * group != weights) {
+              fail("panels of shape " + panels.shape() + " and group_scale of shape " +
+                   group_scale.shape() + " do not hold n=" + std::to_string(n) +
+                   ", k=" + std::to_string(k));
+            }
+            const gossamer_int4 w{n,
+                                  k,
+                                  group,
+                                  static_cast<const uint8_t*>(panels.data),
+                                  static_cast<const int8_t*>(group_scale.data),
+                                  static_cast<const float*>(scale.data),
+                                  static_cast<const int32_t*>(wsum.data)};
+            return gossamer_gemm_int4(&input, &w, &y, parallel_for);
+          });
 }
 
 // (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
+template <bool kInPlace>
 void spmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTIOOIIP");
+  Arguments arguments(stack, kInPlace ? "TTTTTITOIIP" : "TTTTTIOOIIP");
   const Tensor x = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
   const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
-  const std::vector<Tensor> residual = arguments.optional_tensor();
-  stack[0] = product(
-      x, {}, arguments, n,
+  std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
+  product<kInPlace>(
+      x, {}, arguments, n, stack,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
       },
-      true, residual);
+      true, std::move(residual));
 }
 
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
@@ -157,8 +149,8 @@ void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
   const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
-  stack[0] = product(
-      x, affine, arguments, n,
+  product(
+      x, affine, arguments, n, stack,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
                                      static_cast<const float*>(scale.data),
@@ -176,7 +168,7 @@ void sddmm(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = arguments.integer(), k = arguments.integer();
   const Input left(x, k, arguments.optional_integers()), right(dy, n, {});
   const gossamer_index w = index.view(n, k, 1);
-  Tensor dw = Tensor::empty({w.entries}, {1}, aoti_torch_dtype_float32());
+  Tensor dw = Tensor::empty({{w.entries}, {1}, aoti_torch_dtype_float32()});
   require_gossamer(
       gossamer_sddmm(&left.view, &right.view, &w, static_cast<float*>(dw.data), parallel_for));
   stack[0] = dw.release();
@@ -195,13 +187,13 @@ void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.dim), strides(sizes.size(), 1);
   for (size_t i = sizes.size() - 1; i-- > 0;)
     strides[i] = strides[i + 1] * (sizes[i + 1] > 1 ? sizes[i + 1] : 1);
-  Tensor q = Tensor::empty(sizes, strides, aoti_torch_dtype_uint8());
+  Tensor q = Tensor::empty({sizes, strides, aoti_torch_dtype_uint8()});
   sizes.pop_back();
   strides.assign(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;)
     strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
-  Tensor scale = Tensor::empty(sizes, strides, aoti_torch_dtype_float32());
-  Tensor zero = Tensor::empty(sizes, strides, aoti_torch_dtype_int32());
+  Tensor scale = Tensor::empty({sizes, strides, aoti_torch_dtype_float32()});
+  Tensor zero = Tensor::empty({sizes, strides, aoti_torch_dtype_int32()});
   if (input.view.rows > 0) {
     require_gossamer(gossamer_quantize_rows(&input.view, k, static_cast<uint8_t*>(q.data), k,
                                             static_cast<float*>(scale.data),
@@ -221,7 +213,7 @@ void im2col(StableIValue* stack, uint64_t, uint64_t) {
   const gossamer_conv& c = input.conv;
   const int64_t h = c.out_h > 0 ? c.out_h : 0, w = c.out_w > 0 ? c.out_w : 0;
   const int64_t rows = c.images * h * w, columns = c.kernel_h * c.kernel_w * up(c.channels, 4);
-  Tensor y = Tensor::empty({rows, columns}, {columns, 1}, x.dtype);
+  Tensor y = Tensor::empty({{rows, columns}, {columns, 1}, x.dtype});
   require_gossamer(gossamer_im2col(&input.view, y.data, parallel_for));
   stack[0] = y.release();
 }
@@ -232,11 +224,19 @@ struct Operator {
 };
 
 #define AFFINE "Tensor? x_affine"
-#define PRODUCT_TAIL "Tensor? bias, int k, int activation, int[]? conv) -> Tensor"
-#define CONV_TAIL                                                                               \
-  "Tensor x_affine, Tensor? bias, Tensor y_affine, Tensor? residual, Tensor? residual_affine, " \
-  "int k, int activation, int[] conv) -> Tensor"
+#define TAIL "Tensor? bias, int k, int activation, int[]? conv)"
+#define PRODUCT_TAIL TAIL " -> Tensor"
 #define INDEX "Tensor columns, Tensor rows, Tensor cells, "
+#define SPMM(residual) "Tensor x, Tensor values, " INDEX "int n, " residual " residual, " TAIL
+#define IMAGES(residual)                                      \
+  "Tensor x_affine, Tensor? bias, Tensor y_affine, " residual \
+  " residual, Tensor? "                                       \
+  "residual_affine, int k, int activation, int[] conv)"
+#define CONV_INT8(residual) "Tensor q, Tensor panels, Tensor scale, Tensor wsum, " IMAGES(residual)
+#define CONV_SPMM_INT8(residual) \
+  "Tensor q, Tensor values, " INDEX "Tensor scale, Tensor wsum, " IMAGES(residual)
+#define ANY "Tensor?"
+#define OVER "Tensor(a!)"
 const Operator kOperators[] = {
     {"quantize_rows", "quantize_rows(Tensor x, " AFFINE ") -> (Tensor, Tensor, Tensor)",
      quantize_rows},
@@ -248,7 +248,8 @@ const Operator kOperators[] = {
      "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
      "wsum, " PRODUCT_TAIL,
      gemm_int4},
-    {"spmm", "spmm(Tensor x, Tensor values, " INDEX "int n, Tensor? residual, " PRODUCT_TAIL, spmm},
+    {"spmm", "spmm(" SPMM(ANY) " -> Tensor", spmm<false>},
+    {"spmm_", "spmm_(" SPMM(OVER) " -> ()", spmm<true>},
     {"spmm_int8",
      "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " AFFINE
      ", " PRODUCT_TAIL,
@@ -260,11 +261,10 @@ const Operator kOperators[] = {
     {"max_pool",
      "max_pool(Tensor q, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
      max_pool},
-    {"conv_int8", "conv_int8(Tensor q, Tensor panels, Tensor scale, Tensor wsum, " CONV_TAIL,
-     conv_int8},
-    {"conv_spmm_int8",
-     "conv_spmm_int8(Tensor q, Tensor values, " INDEX "Tensor scale, Tensor wsum, " CONV_TAIL,
-     conv_spmm_int8},
+    {"conv_int8", "conv_int8(" CONV_INT8(ANY) " -> Tensor", conv_int8<false>},
+    {"conv_int8_", "conv_int8_(" CONV_INT8(OVER) " -> ()", conv_int8<true>},
+    {"conv_spmm_int8", "conv_spmm_int8(" CONV_SPMM_INT8(ANY) " -> Tensor", conv_spmm_int8<false>},
+    {"conv_spmm_int8_", "conv_spmm_int8_(" CONV_SPMM_INT8(OVER) " -> ()", conv_spmm_int8<true>},
 };
 
 // Runs when the library is loaded; the registrations live as long as the process.

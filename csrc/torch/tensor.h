@@ -19,6 +19,18 @@ constexpr uint64_t kTorch210 = uint64_t{2} << 56 | uint64_t{10} << 48;
 inline void require(AOTITorchError status, const char* what) {
   if (status != 0) fail(std::string(what) + " failed inside torch");
 }
+// What a tensor is but for its memory.
+struct Layout {
+  std::vector<int64_t> sizes, strides;
+  int32_t dtype;
+};
+
+inline std::string shape_of(const int64_t* sizes, size_t dim) {
+  std::string text = "(";
+  for (size_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + ")";
+}
+
 // A tensor that torch lent for one call: sizes and pointers read once.
 class Tensor {
  public:
@@ -29,13 +41,12 @@ class Tensor {
     require(aoti_torch_get_dtype(handle, &dtype), "get_dtype");
     require(aoti_torch_get_data_ptr(handle, &data), "get_data_ptr");
   }
-  static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                      int32_t dtype) {
+  static Tensor empty(const Layout& like) {
     AtenTensorHandle handle = nullptr;
-    require(
-        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                 dtype, aoti_torch_device_type_cpu(), 0, &handle),
-        "empty_strided");
+    require(aoti_torch_empty_strided(static_cast<int64_t>(like.sizes.size()), like.sizes.data(),
+                                     like.strides.data(), like.dtype, aoti_torch_device_type_cpu(),
+                                     0, &handle),
+            "empty_strided");
     return Tensor(handle);
   }
   Tensor(Tensor&& other) noexcept { *this = static_cast<Tensor&&>(other); }
@@ -68,10 +79,13 @@ class Tensor {
     }
     return true;
   }
-  std::string shape() const {
-    std::string text = "(";
-    for (int64_t i = 0; i < dim; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-    return text + ")";
+  std::string shape() const { return shape_of(sizes, static_cast<size_t>(dim)); }
+  // Whether it could have been made `like` this.
+  bool is(const Layout& like) const {
+    bool alike = dtype == like.dtype && dim == static_cast<int64_t>(like.sizes.size());
+    for (size_t i = 0; alike && i < like.sizes.size(); ++i)
+      alike = sizes[i] == like.sizes[i] && (sizes[i] == 1 || strides[i] == like.strides[i]);
+    return alike;
   }
 
   int64_t dim = 0;

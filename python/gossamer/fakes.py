@@ -50,6 +50,11 @@ def _(x, values, columns, rows, cells, n, residual, bias, k, activation, conv):
     return _product_like(x, n, conv)
 
 
+@torch.library.register_fake("gossamer::spmm_")
+def _(x, values, columns, rows, cells, n, residual, bias, k, activation, conv):
+    return None
+
+
 @torch.library.register_fake("gossamer::spmm_int8")
 def _(x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv):
     return _product_like(x, scale.shape[0], conv)
@@ -95,3 +100,13 @@ def _(q, panels, scale, wsum, x, bias, y, residual, residual_affine, k, activati
 @torch.library.register_fake("gossamer::conv_spmm_int8")
 def _(q, v, c, r, e, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
     return _blocked(q, scale.shape[0], *_conv_shape(q[..., 0], conv))
+
+
+@torch.library.register_fake("gossamer::conv_int8_")
+def _(q, panels, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
+    return None
+
+
+@torch.library.register_fake("gossamer::conv_spmm_int8_")
+def _(q, v, c, r, e, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
+    return None

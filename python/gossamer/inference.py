@@ -1,4 +1,4 @@
-"""Gradients that no kernel can give: whoever asks for one gets a sentence."""
+"""What only inference has: no gradients, of which each gets a sentence, and sums in place."""
 
 from __future__ import annotations
 
@@ -41,3 +41,18 @@ def finish(x: Tensor, y: Tensor) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return _Inference.apply(x, y.detach())
     return y
+
+
+def added(ops: Any, x: Tensor, residual: Tensor | None, reuse: bool, *arguments: Any) -> Tensor:
+    """An operator's result; of `ops` the second writes it over a residual.
+
+    Args:
+        reuse: nobody reads the residual later. What a compiler or a gradient sees is not changed.
+    """
+    own, over = ops
+    if residual is None or not reuse or torch.compiler.is_compiling():
+        return own(*arguments)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return own(*arguments)
+    over(*arguments)
+    return residual

@@ -97,13 +97,13 @@ class _Layer(KeepsDtypes):
         self._activation = ops.activation_index(activation)
         self.activation = activation
 
-    def _multiply(self, x: Tensor, bias: Any, conv: list[int] | None, residual: Any) -> Tensor:
+    def _multiply(self, x: Tensor, bias: Any, conv: Any, residual: Any, reuse: bool) -> Tensor:
         packed: Any = self.packed
         if residual is None:
             return packed.multiply(x, bias, self._activation, conv)
         if not packed.adds:
             raise ValueError(f"{packed.format} adds no residual: add it behind the layer")
-        return packed.multiply(x, bias, self._activation, conv, residual)
+        return packed.multiply(x, bias, self._activation, conv, residual, reuse)
 
     @torch.no_grad()
     def scale_(self, factor: Tensor, shift: Tensor) -> None:
@@ -126,7 +126,8 @@ class Linear(_Layer):
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (..., k) float32, bfloat16 or float16 -> (..., n) in the same dtype. `residual`, of
-    that shape, is added before the activation by formats whose `packed.adds`.
+    that shape, is added before the activation by formats whose `packed.adds`; with `reuse` nobody
+    reads it later, and the result may have its memory.
 
     Raises:
         ValueError: if the bias does not fit or the activation is unknown.
@@ -164,7 +165,7 @@ class Linear(_Layer):
             )
         return cls(packed, module.bias, activation)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         if x.dim() == 0 or x.size(-1) != self.in_features:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: its last dimension must be "
@@ -172,10 +173,9 @@ class Linear(_Layer):
             )
         # nn.Module finds what it holds by a slow path: two of them cost a tenth of a small call.
         packed: Any = self._modules["packed"]
-        buffers = self._buffers
-        bias = self.bias if packed.trainable else buffers["bias"]
+        bias = self.bias if packed.trainable else self._buffers["bias"]
         if residual is not None:
-            return self._multiply(x, bias, None, residual)
+            return self._multiply(x, bias, None, residual, reuse)
         return packed.multiply(x, bias, self._activation, None)
 
     def unpack(self) -> Tensor:
@@ -227,7 +227,7 @@ class Conv2d(_Layer):
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
-    float32, bfloat16 or float16; the result has its dtype and layout. `residual`: see Linear.
+    float32, bfloat16 or float16; the result has its dtype and layout. The others: see Linear.
 
     Raises:
         ValueError: if sizes do not fit each other, or the padded input is smaller than the kernel.
@@ -294,7 +294,7 @@ class Conv2d(_Layer):
             activation,
         )
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         if x.dim() not in (3, 4) or x.size(-3) != self.in_channels:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: it must be (images, channels, height, width) or "
@@ -304,8 +304,8 @@ class Conv2d(_Layer):
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
         batched = pad_outside(batched, self._outside, self.padding_mode)
         self._check_size(batched)
-        tail = (batched, self.bias, [*self._conv, planar])
-        y = self._multiply(*tail, residual if residual is None or x.dim() == 4 else residual[None])
+        added = residual if residual is None or x.dim() == 4 else residual[None]
+        y = self._multiply(batched, self.bias, [*self._conv, planar], added, reuse)
         return y if x.dim() == 4 else y.squeeze(0)
 
     @property
@@ -319,6 +319,7 @@ class Conv2d(_Layer):
         y_affine: Tensor,
         residual: Tensor | None = None,
         residual_affine: Tensor | None = None,
+        reuse: bool = False,
     ) -> Tensor:
         """activation(conv2d(x, w) + bias + residual), of 8-bit images and to one.
 
@@ -326,6 +327,7 @@ class Conv2d(_Layer):
             x: as `ops.block` makes it, quantized by the layer's own range.
             y_affine: (2) float32, scale and zero point of the result.
             residual, residual_affine: an image of the result's shape, and its scale and zero point.
+            reuse: as in `ops.conv_int8`.
         """
         if x.dim() != 5 or x.size(1) != -(-self.in_channels // 4):
             raise ValueError(
@@ -334,8 +336,9 @@ class Conv2d(_Layer):
             )
         self._check_size(x)
         packed: Any = self._modules["packed"]
-        conv, bias = [*self._conv, 1], self._buffers["bias"]  # nothing static trains
-        return packed.convolve(x, bias, self._activation, conv, y_affine, residual, residual_affine)
+        # Nothing static trains.
+        tail = (self._activation, [*self._conv, 1], y_affine, residual, residual_affine, reuse)
+        return packed.convolve(x, self._buffers["bias"], *tail)
 
     def _check_size(self, x: Tensor) -> None:
         kh, kw, _, _, dh, dw, top, bottom, left, right = self._conv
@@ -382,9 +385,7 @@ class Conv2d(_Layer):
         }
 
     def extra_repr(self) -> str:
-        return ", ".join(
-            f"{name}={value}" for name, value in self.geometry().items() if name != "kind"
-        )
+        return ", ".join(f"{n}={value}" for n, value in self.geometry().items() if n != "kind")
 
 
 LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import gossamer
+from gossamer.inference import added as _added
 from gossamer.inference import finish as _finish
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6", "hardswish")
@@ -31,19 +32,24 @@ if not hasattr(torch.ops.gossamer, "gemm_int8"):  # loading it twice is an error
     _load()
 from gossamer import fakes  # noqa: E402, F401  (of what was just loaded)
 
-_quantize_rows = torch.ops.gossamer.quantize_rows.default
-_gemm_int8 = torch.ops.gossamer.gemm_int8.default
-_gemm_w8 = torch.ops.gossamer.gemm_w8.default
-_gemm_int4 = torch.ops.gossamer.gemm_int4.default
-_spmm = torch.ops.gossamer.spmm.default
-_spmm_int8 = torch.ops.gossamer.spmm_int8.default
-_sddmm = torch.ops.gossamer.sddmm.default
-_im2col = torch.ops.gossamer.im2col.default
-_block = torch.ops.gossamer.block.default
-_unblock = torch.ops.gossamer.unblock.default
-_max_pool = torch.ops.gossamer.max_pool.default
-_conv_int8 = torch.ops.gossamer.conv_int8.default
-_conv_spmm_int8 = torch.ops.gossamer.conv_spmm_int8.default
+_OPS = torch.ops.gossamer
+_quantize_rows = _OPS.quantize_rows.default
+_gemm_int8 = _OPS.gemm_int8.default
+_gemm_w8 = _OPS.gemm_w8.default
+_gemm_int4 = _OPS.gemm_int4.default
+_spmm_int8 = _OPS.spmm_int8.default
+_sddmm = _OPS.sddmm.default
+_im2col = _OPS.im2col.default
+_block = _OPS.block.default
+_unblock = _OPS.unblock.default
+_max_pool = _OPS.max_pool.default
+# Those that end with _ write over their residual.
+_spmm = _OPS.spmm.default
+_spmm_ = _OPS.spmm_.default
+_conv_int8 = _OPS.conv_int8.default
+_conv_int8_ = _OPS.conv_int8_.default
+_conv_spmm_int8 = _OPS.conv_spmm_int8.default
+_conv_spmm_int8_ = _OPS.conv_spmm_int8_.default
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -199,12 +205,15 @@ def spmm(
     bitmap: Tensor | None = None,
     steps: Tensor | None = None,
     residual: Tensor | None = None,
+    *,
+    reuse: bool = False,
 ) -> Tensor:
     """y = act(x @ w^T + bias + residual), w fp32 and sparse. Index: docs/formats.md, Sparse.
 
     Images are read as they lie, contiguous or channels_last. A GPU reads `bitmap` and, of a
     weight in blocks, `steps` in place of columns, rows and cells. `residual` has the shape and
-    dtype of y; on a GPU it is added behind the kernel.
+    dtype of y; on a GPU it is added behind the kernel. `reuse`: nobody reads it later, and y may
+    take its memory.
     """
     x_ = _prepare(x, conv, any_layout=True)
     if _on_gpu(x, values):
@@ -217,7 +226,8 @@ def spmm(
         last = conv is not None and not conv[-1]
         lies = torch.channels_last if last else torch.contiguous_format
         residual = residual.contiguous(memory_format=lies)
-    y = _spmm(x_, values, columns, rows, cells, n, residual, bias, k, activation, conv)
+    arguments = (x_, values, columns, rows, cells, n, residual, bias, k, activation, conv)
+    y = _added((_spmm, _spmm_), x, residual, reuse, *arguments)
     return _finish(x if residual is None or x.requires_grad else residual, y)
 
 
@@ -338,6 +348,8 @@ def conv_int8(
     k: int,
     activation: int,
     conv: list[int],
+    *,
+    reuse: bool = False,
 ) -> Tensor:
     """y = act(conv(q, w) + bias + residual), all images blocked; w dense int8 in panels.
 
@@ -345,10 +357,13 @@ def conv_int8(
         q, x_affine, y_affine: a blocked image and its numbers, and those of y.
         residual, residual_affine: a blocked image of y's shape, or None.
         panels, scale, wsum, bias, k, activation, conv: as in `gemm_int8`.
+        reuse: nobody reads the residual later: y may take its memory.
     """
-    images = (x_affine, bias, y_affine, residual, residual_affine)
-    run = _gpu(q.device).conv_int8 if _on_gpu(q, panels) else _conv_int8
-    return run(q, panels, scale, wsum, *images, k, activation, conv)
+    tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
+    arguments = (q, panels, scale, wsum, *tail)
+    if _on_gpu(q, panels):
+        return _gpu(q.device).conv_int8(*arguments)
+    return _added((_conv_int8, _conv_int8_), q, residual, reuse, *arguments)
 
 
 def conv_spmm_int8(
@@ -368,9 +383,12 @@ def conv_spmm_int8(
     activation: int,
     conv: list[int],
     bitmap: Tensor | None = None,
+    *,
+    reuse: bool = False,
 ) -> Tensor:
     """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8; a GPU's: bitmap."""
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
     if _on_gpu(q, values):
         return _gpu(q.device).conv_spmm_int8(q, values, _placed(bitmap), scale, wsum, *tail)
-    return _conv_spmm_int8(q, values, columns, rows, cells, scale, wsum, *tail)
+    arguments = (q, values, columns, rows, cells, scale, wsum, *tail)
+    return _added((_conv_spmm_int8, _conv_spmm_int8_), q, residual, reuse, *arguments)

@@ -13,6 +13,7 @@ from .graph import drop_what_passes, name_apart, out_of_place, record
 from .merge import merge_linears
 from .pieces import images_at_once
 from .plan import make_plan
+from .reuse import reuse_residuals
 from .rewrite import rewrite
 from .rows import FusedRow, FuseReport, report_of
 from .trace import Fused, trace
@@ -85,6 +86,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     images = images_at_once(graph, plan)
     rewrite(fused, plan)
     settle_floats(fused)
+    reuse_residuals(graph)
     fused.delete_all_unused_submodules()
     fused.recompile()
     fused.meta.update(report=report_of(graph), images=images)

@@ -78,12 +78,13 @@ class ImageConv2d(KeepsDtypes):
         residual = None if residual_affine is None else residual_affine.clone()
         self.register_buffer("residual_affine", residual)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """All sums in int32, one rounding at the end."""
+    def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
+        """All sums in int32, one rounding at the end; `reuse` as in `ops.conv_int8`."""
         # Not through nn.Module's slow path, as in gs.Linear: a network calls this fifty times.
         layer: Any = self._modules["layer"]
         buffers = self._buffers
-        return layer.convolve(x, buffers["y_affine"], residual, buffers["residual_affine"])
+        addend = (residual, buffers["residual_affine"], reuse)
+        return layer.convolve(x, buffers["y_affine"], *addend)
 
 
 class ImageMaxPool2d(KeepsDtypes):

@@ -268,6 +268,7 @@ class Packed(nn.Module):
         y_affine: Tensor,
         residual: Tensor | None = None,
         residual_affine: Tensor | None = None,
+        reuse: bool = False,
     ) -> Tensor:
         """y = activation(conv(q, w) + bias + residual) between blocked images.
 
@@ -279,10 +280,10 @@ class Packed(nn.Module):
         affine = self._tensors().get("x_affine")
         if affine is None:
             raise ValueError(f"{self.format} has no range for its input: only static formats have")
-        addend = (residual, residual_affine)
-        return self._convolve(q, affine, bias, y_affine, *addend, self.k, activation, conv)
+        tail = (affine, bias, y_affine, residual, residual_affine, self.k, activation, conv)
+        return self._convolve(q, *tail, reuse=reuse)
 
-    def _convolve(self, q: Tensor, *tail: Any) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
         """`convolve`: its operator, with what follows the weight's buffers."""
         raise NotImplementedError
 

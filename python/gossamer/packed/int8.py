@@ -120,9 +120,9 @@ class PackedInt8(_Int8Panels):
             x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
         )
 
-    def _convolve(self, q: Tensor, *tail: Any) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
         b = self._tensors()
-        return ops.conv_int8(q, b["panels"], b["scale"], b["wsum"], *tail)
+        return ops.conv_int8(q, b["panels"], b["scale"], b["wsum"], *tail, reuse=reuse)
 
 
 class PackedW8(_Int8Panels):

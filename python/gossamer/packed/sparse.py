@@ -101,11 +101,12 @@ class PackedSparse(_Indexed):
         activation: int,
         conv: list[int] | None,
         residual: Tensor | None = None,
+        reuse: bool = False,
     ) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"])
-        mapped = (b.get("bitmap"), b.get("steps"))
-        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *mapped, residual)
+        more: Any = (b.get("bitmap"), b.get("steps"), residual)
+        return ops.spmm(x, *weight, self.n, bias, self.k, activation, conv, *more, reuse=reuse)
 
     def unpack(self) -> Tensor:
         weight = self.values.new_zeros(self.n, self.k)
@@ -188,11 +189,11 @@ class PackedSparseInt8(_Indexed):
         affine, mapped = b.get("x_affine"), (b.get("bitmap"), b.get("steps"))
         return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, *mapped)
 
-    def _convolve(self, q: Tensor, *tail: Any) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
         b = self._tensors()
         weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
         arguments: tuple[Any, ...] = (*weight, *tail, b.get("bitmap"))
-        return ops.conv_spmm_int8(q, *arguments)
+        return ops.conv_spmm_int8(q, *arguments, reuse=reuse)
 
     def unpack(self) -> Tensor:
         weight = self.scale.new_zeros(self.n, round_up(self.k, 4))

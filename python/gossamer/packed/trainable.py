@@ -156,6 +156,7 @@ class PackedTrainableSparse(PackedSparse):
         activation: int,
         conv: list[int] | None,
         residual: Tensor | None = None,
+        reuse: bool = False,
     ) -> Tensor:
         """As every format; it takes no residual (`adds`)."""
         b, values = self._tensors(), self.values
