@@ -51,6 +51,21 @@ def conv_geometry(conv: Any) -> tuple[list[int] | None, list[int]]:
     return [*sides[2:], *sides[:2]], [*numbers, 0, 0, 0, 0]
 
 
+def least_size(numbers: list[int]) -> tuple[int, int]:
+    """The height and width that an input must have for a kernel to fit in."""
+    kh, kw, _, _, dh, dw, top, bottom, left, right = numbers
+    return (dh * (kh - 1) + 1 - top - bottom, dw * (kw - 1) + 1 - left - right)
+
+
+def too_small(x: Tensor, numbers: list[int]) -> ValueError:
+    """What to raise about an input, (images, .., height, width, ..), below the least size."""
+    kh, kw, _, _, dh, dw, top, bottom, left, right = numbers
+    return ValueError(
+        f"the padded input is {x.size(2) + top + bottom} x {x.size(3) + left + right}, smaller "
+        f"than the kernel {kh} x {kw} (dilation {dh}, {dw})"
+    )
+
+
 def pad_outside(x: Tensor, outside: list[int] | None, padding_mode: str) -> Tensor:
     """x with the padding that no kernel knows: all but zeros."""
     return x if outside is None else nn.functional.pad(x, outside, mode=PAD_MODES[padding_mode])

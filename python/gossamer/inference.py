@@ -43,14 +43,13 @@ def finish(x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def added(ops: Any, x: Tensor, residual: Tensor | None, reuse: bool, *arguments: Any) -> Tensor:
-    """An operator's result; of `ops` the second writes it over a residual.
+def added(ops: Any, x: Tensor, residual: Tensor | None, *arguments: Any) -> Tensor:
+    """The second of `ops`, which writes its result over a residual that nobody reads later.
 
-    Args:
-        reuse: nobody reads the residual later. What a compiler or a gradient sees is not changed.
+    What a compiler or a gradient would see is not changed: there it is the first.
     """
     own, over = ops
-    if residual is None or not reuse or torch.compiler.is_compiling():
+    if residual is None or torch.compiler.is_compiling():
         return own(*arguments)
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
         return own(*arguments)

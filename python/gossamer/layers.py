@@ -11,31 +11,18 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.dtypes import KeepsDtypes
 from gossamer.formats import Format
-from gossamer.geometry import PAD_MODES, conv_geometry, conv_matrix, conv_weight, pad_outside, pair
-from gossamer.observed import frozen, observed
+from gossamer.geometry import (
+    PAD_MODES,
+    conv_geometry,
+    conv_matrix,
+    conv_weight,
+    least_size,
+    pad_outside,
+    pair,
+    too_small,
+)
+from gossamer.observed import frozen, input_range
 from gossamer.packed import Packed, pack
-
-
-def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None:
-    """The range of a dense layer's input, where the format quantizes by one; else None.
-
-    Raises:
-        ValueError: the layer was not calibrated, or trains for another format.
-    """
-    trained = frozen(module)
-    if trained is not None:
-        if trained.format != format:
-            raise ValueError(f"it trains for {trained.format} and cannot become {format}")
-        return trained.x_range
-    if getattr(format, "activations", "") != "static":
-        return None
-    seen = observed(module)
-    if seen is None:
-        raise ValueError(
-            "static activations need the range of its input, and no calibration reached it: run "
-            "`with gs.calibrate(model): model(x)` first, or give it another format"
-        )
-    return seen.low, seen.high
 
 
 def keep_rounded(module: nn.Module, packed: Packed) -> None:
@@ -97,10 +84,8 @@ class _Layer(KeepsDtypes):
         self._activation = ops.activation_index(activation)
         self.activation = activation
 
-    def _multiply(self, x: Tensor, bias: Any, conv: Any, residual: Any, reuse: bool) -> Tensor:
+    def _add(self, x: Tensor, bias: Any, conv: Any, residual: Any, reuse: bool) -> Tensor:
         packed: Any = self.packed
-        if residual is None:
-            return packed.multiply(x, bias, self._activation, conv)
         if not packed.adds:
             raise ValueError(f"{packed.format} adds no residual: add it behind the layer")
         return packed.multiply(x, bias, self._activation, conv, residual, reuse)
@@ -175,7 +160,7 @@ class Linear(_Layer):
         packed: Any = self._modules["packed"]
         bias = self.bias if packed.trainable else self._buffers["bias"]
         if residual is not None:
-            return self._multiply(x, bias, None, residual, reuse)
+            return self._add(x, bias, None, residual, reuse)
         return packed.multiply(x, bias, self._activation, None)
 
     def unpack(self) -> Tensor:
@@ -262,6 +247,7 @@ class Conv2d(_Layer):
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         self._outside, self._conv = conv_geometry(self)
+        self._least = least_size(self._conv)
 
     @classmethod
     def from_dense(
@@ -302,10 +288,18 @@ class Conv2d(_Layer):
             )
         batched = x if x.dim() == 4 else x.unsqueeze(0)
         planar = int(batched.is_contiguous() or batched.stride(1) != 1)
-        batched = pad_outside(batched, self._outside, self.padding_mode)
-        self._check_size(batched)
-        added = residual if residual is None or x.dim() == 4 else residual[None]
-        y = self._multiply(batched, self.bias, [*self._conv, planar], added, reuse)
+        if self._outside is not None:
+            batched = pad_outside(batched, self._outside, self.padding_mode)
+        if batched.size(2) < self._least[0] or batched.size(3) < self._least[1]:
+            raise too_small(batched, self._conv)
+        packed: Any = self._modules["packed"]
+        bias = self.bias if packed.trainable else self._buffers["bias"]
+        conv = [*self._conv, planar]
+        if residual is None:
+            y = packed.multiply(batched, bias, self._activation, conv)
+        else:
+            added = residual if x.dim() == 4 else residual[None]
+            y = self._add(batched, bias, conv, added, reuse)
         return y if x.dim() == 4 else y.squeeze(0)
 
     @property
@@ -329,25 +323,18 @@ class Conv2d(_Layer):
             residual, residual_affine: an image of the result's shape, and its scale and zero point.
             reuse: as in `ops.conv_int8`.
         """
-        if x.dim() != 5 or x.size(1) != -(-self.in_channels // 4):
+        shape, blocks = x.shape, -(-self.in_channels // 4)  # one call into torch, not five
+        if len(shape) != 5 or shape[1] != blocks:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}: an 8-bit image of {self.in_channels} channels is "
-                f"(images, {-(-self.in_channels // 4)}, height, width, 4)"
+                f"x has shape {tuple(shape)}: an 8-bit image of {self.in_channels} channels is "
+                f"(images, {blocks}, height, width, 4)"
             )
-        self._check_size(x)
+        if shape[2] < self._least[0] or shape[3] < self._least[1]:
+            raise too_small(x, self._conv)
         packed: Any = self._modules["packed"]
         # Nothing static trains.
         tail = (self._activation, [*self._conv, 1], y_affine, residual, residual_affine, reuse)
         return packed.convolve(x, self._buffers["bias"], *tail)
-
-    def _check_size(self, x: Tensor) -> None:
-        kh, kw, _, _, dh, dw, top, bottom, left, right = self._conv
-        height, width = x.size(2) + top + bottom, x.size(3) + left + right
-        if height < dh * (kh - 1) + 1 or width < dw * (kw - 1) + 1:
-            raise ValueError(
-                f"the padded input is {height} x {width}, smaller than the kernel "
-                f"{kh} x {kw} (dilation {dh}, {dw})"
-            )
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""

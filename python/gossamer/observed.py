@@ -60,3 +60,25 @@ def observed(module: nn.Module) -> Observed | None:
     """What `calibrate` saw go into this module; None if it was not calibrated or did not run."""
     found: Any = getattr(module, "_gossamer_observed", None)
     return found if isinstance(found, Observed) else None
+
+
+def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None:
+    """The range of a dense layer's input, where the format quantizes by one; else None.
+
+    Raises:
+        ValueError: the layer was not calibrated, or trains for another format.
+    """
+    trained = frozen(module)
+    if trained is not None:
+        if trained.format != format:
+            raise ValueError(f"it trains for {trained.format} and cannot become {format}")
+        return trained.x_range
+    if getattr(format, "activations", "") != "static":
+        return None
+    seen = observed(module)
+    if seen is None:
+        raise ValueError(
+            "static activations need the range of its input, and no calibration reached it: run "
+            "`with gs.calibrate(model): model(x)` first, or give it another format"
+        )
+    return seen.low, seen.high

@@ -216,7 +216,7 @@ def spmm(
     take its memory.
     """
     x_ = _prepare(x, conv, any_layout=True)
-    if _on_gpu(x, values):
+    if not (x.is_cpu and values.is_cpu) and _on_gpu(x, values):
         last = activation if residual is None else 0
         y = _gpu(x.device).spmm(x_, values, _placed(bitmap), steps, n, bias, k, last, conv)
         if residual is not None:
@@ -227,7 +227,7 @@ def spmm(
         lies = torch.channels_last if last else torch.contiguous_format
         residual = residual.contiguous(memory_format=lies)
     arguments = (x_, values, columns, rows, cells, n, residual, bias, k, activation, conv)
-    y = _added((_spmm, _spmm_), x, residual, reuse, *arguments)
+    y = _added((_spmm, _spmm_), x, residual, *arguments) if reuse else _spmm(*arguments)
     return _finish(x if residual is None or x.requires_grad else residual, y)
 
 
@@ -361,9 +361,11 @@ def conv_int8(
     """
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
     arguments = (q, panels, scale, wsum, *tail)
-    if _on_gpu(q, panels):
+    if not (q.is_cpu and panels.is_cpu) and _on_gpu(q, panels):
         return _gpu(q.device).conv_int8(*arguments)
-    return _added((_conv_int8, _conv_int8_), q, residual, reuse, *arguments)
+    if reuse:
+        return _added((_conv_int8, _conv_int8_), q, residual, *arguments)
+    return _conv_int8(*arguments)
 
 
 def conv_spmm_int8(
@@ -388,7 +390,9 @@ def conv_spmm_int8(
 ) -> Tensor:
     """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8; a GPU's: bitmap."""
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
-    if _on_gpu(q, values):
+    if not (q.is_cpu and values.is_cpu) and _on_gpu(q, values):
         return _gpu(q.device).conv_spmm_int8(q, values, _placed(bitmap), scale, wsum, *tail)
     arguments = (q, values, columns, rows, cells, scale, wsum, *tail)
-    return _added((_conv_spmm_int8, _conv_spmm_int8_), q, residual, reuse, *arguments)
+    if reuse:
+        return _added((_conv_spmm_int8, _conv_spmm_int8_), q, residual, *arguments)
+    return _conv_spmm_int8(*arguments)
