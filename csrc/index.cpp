@@ -44,6 +44,7 @@ extern "C" int gossamer_check_index(const gossamer_index* w, int64_t cell_count,
       return fail("cell %lld ends at row %lld, it may hold %lld from row %lld of %lld", Long(c),
                   Long(end), Long(height), Long(row), Long(w->row_count));
     }
+    bool met[kMaxChunk] = {};
     for (int64_t last = width + 1; row < end; ++row) {
       const int64_t output = w->rows[2 * row], length = w->rows[2 * row + 1];
       if (output >= height || length < 1 || length > round_up(width, unit == 4 ? 2 : 1) ||
@@ -53,6 +54,12 @@ extern "C" int gossamer_check_index(const gossamer_index* w, int64_t cell_count,
             "%lld",
             Long(row), Long(output), Long(length), Long(height), Long(width));
       }
+      // Kernels store an output's first sums and do not add to them.
+      if (met[output]) {
+        return fail("row %lld of the index lists output %lld of its cell again", Long(row),
+                    Long(output));
+      }
+      met[output] = true;
       for (int64_t i = 0; i < length; ++i, ++entry) {
         if (w->columns[entry] >= width) {
           return fail("entry %lld has column %d in a block of %lld", Long(entry), w->columns[entry],

@@ -194,6 +194,7 @@ def test_an_index_that_only_a_kernel_would_find_wrong(stem: str) -> None:
     bad = {
         "no first entry to begin a sum with": (0, [[7, 0]]),
         "longer than the row before": (first + pair, [[7, first + pair]]),
+        "an output twice": (pair, [[32, pair]]),
         "more rows than outputs": (8 * pair, [[7, pair]] * 8),
         "an odd number, but pairs are read": (1, [[7, 1]]) if pair == 2 else (0, [[7, 0]]),
     }

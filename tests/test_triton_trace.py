@@ -13,7 +13,7 @@ from builds import ROOT, output
 
 pytest.importorskip("triton")
 ROWS = ("gemm_int8", "gemm_int8", "gemm_int4", "spmm", "spmm_int8", "gemm_w8")
-IMAGES = ("block", "conv_int8", "max_pool", "conv_spmm_int8", "unblock", "gemm_int8")
+IMAGES = ("block", "conv_int8", "max_pool", "conv_spmm_int8", "unblock", "gemm_int8", "unblock")
 
 
 @cache

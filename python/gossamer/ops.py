@@ -216,7 +216,7 @@ def spmm(
     take its memory.
     """
     x_ = _prepare(x, conv, any_layout=True)
-    if not (x.is_cpu and values.is_cpu) and _on_gpu(x, values):
+    if _on_gpu(x, values):
         last = activation if residual is None else 0
         y = _gpu(x.device).spmm(x_, values, _placed(bitmap), steps, n, bias, k, last, conv)
         if residual is not None:
@@ -361,7 +361,7 @@ def conv_int8(
     """
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
     arguments = (q, panels, scale, wsum, *tail)
-    if not (q.is_cpu and panels.is_cpu) and _on_gpu(q, panels):
+    if _on_gpu(q, panels):
         return _gpu(q.device).conv_int8(*arguments)
     if reuse:
         return _added((_conv_int8, _conv_int8_), q, residual, *arguments)
@@ -390,7 +390,7 @@ def conv_spmm_int8(
 ) -> Tensor:
     """`conv_int8` with w in 1x4 blocks. Index: docs/formats.md, SparseInt8; a GPU's: bitmap."""
     tail = (x_affine, bias, y_affine, residual, residual_affine, k, activation, conv)
-    if not (q.is_cpu and values.is_cpu) and _on_gpu(q, values):
+    if _on_gpu(q, values):
         return _gpu(q.device).conv_spmm_int8(q, values, _placed(bitmap), scale, wsum, *tail)
     arguments = (q, values, columns, rows, cells, scale, wsum, *tail)
     if reuse:
