@@ -252,7 +252,10 @@ struct PlaneWriter {
       const int64_t lane = at + v * kLanes;
       const int count = v < V - 1 ? kLanes : last;
       F32 value = add(add(sum[v], ill[v]), b);
-      if (residual) value = add(value, load_some(residual + lane, count));
+      if (residual) {
+        value = add(value, load_some(residual + lane, count));
+        prefetch(residual + lane + V * kLanes);  // the next tile's
+      }
       store_some(y + lane, max(lower, value), count);
     }
   }
