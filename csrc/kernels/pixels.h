@@ -131,25 +131,22 @@ struct Output {
 // bound of the clamping that follows anyway: a scale is positive.
 template <bool kResidual, bool kClamped>
 struct Requantize {
-  F32 factor, last;
-  I32 zero, least;
+  Quantize quantize;
+  I32 zero, least;  // of set_twice
   F32 residual_scale;
   I32 residual_zero;
   gossamer_activation activation;
 
   Requantize(const gossamer_blocked& y, gossamer_activation its_activation)
-      : factor(set(1 / y.scale)),
-        last(set(static_cast<float>(255 - y.zero))),
+      : quantize({y.scale, y.zero}),
         zero(set_twice(y.zero)),
         least(set_twice(kClamped && its_activation == GOSSAMER_RELU ? y.zero : 0)),
         residual_scale(set(y.residual_scale)),
         residual_zero(set(y.residual_zero)),
         activation(its_activation) {}
-  // NaN, and what lies far below, become INT32_MIN: the least byte.
   I32 operator()(F32 value, I32 residual) const {
     if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
-    if (!kClamped) value = activate(value, activation);
-    return round(min(last, mul(value, factor)));
+    return quantize.bounded_above(kClamped ? value : activate(value, activation));
   }
 };
 

@@ -45,6 +45,9 @@ struct Quantize {
         last(set(static_cast<float>(255 - a.zero))),
         zero(set(a.zero)) {}
   I32 operator()(F32 v) const { return add(round(min(max(mul(v, factor), first), last)), zero); }
+  // Before pack_bytes, which adds the zero point and clamps from below: NaN, and what lies far below,
+  // become INT32_MIN, the least byte.
+  I32 bounded_above(F32 v) const { return round(min(last, mul(v, factor))); }
 };
 
 }  // namespace GOSSAMER_ISA

@@ -23,8 +23,8 @@ def reuse_residuals(graph: fx.Graph) -> None:
     places = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if type(module_of(node)) in (Conv2d, Linear, ImageConv2d) and len(node.args) == 2:
-            x, residual = node.all_input_nodes if len(node.all_input_nodes) == 2 else (None, None)
-            if residual is None or residual is not node.args[1] or x is not node.args[0]:
+            x, residual = node.args
+            if not isinstance(residual, fx.Node) or residual is x:
                 continue
             readers = [reader for reader in residual.users if reader is not node]
             alone = all(type(module_of(reader)) in _FRESH for reader in (residual, *readers))

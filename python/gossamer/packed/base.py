@@ -275,10 +275,17 @@ class Packed(nn.Module):
         Of static int8 formats only: the scale and zero point of q are this weight's x_affine.
         Arguments as in `gossamer.ops.conv_int8`.
         """
-        raise NotImplementedError(f"{self.format} does not multiply blocked images")
+        if not self.convolves:
+            raise NotImplementedError(f"{self.format} does not multiply blocked images")
+        affine = self._buffers.get("x_affine")
+        if affine is None:
+            raise ValueError(f"{self.format} has no range for its input: only static formats have")
+        tail = (affine, bias, y_affine, residual, residual_affine, self.k, activation, conv)
+        return self._convolve(q, *tail, reuse=reuse)
 
-    def _no_range(self) -> ValueError:
-        return ValueError(f"{self.format} has no range for its input: only static formats have")
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
+        """`convolve`: its operator, with what follows the weight's buffers."""
+        raise NotImplementedError
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (n, k) float32."""

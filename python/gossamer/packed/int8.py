@@ -120,24 +120,9 @@ class PackedInt8(_Int8Panels):
             x, b["panels"], b["scale"], b["wsum"], affine, bias, self.k, activation, conv
         )
 
-    def convolve(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        activation: int,
-        conv: list[int],
-        y_affine: Tensor,
-        residual: Tensor | None = None,
-        residual_affine: Tensor | None = None,
-        reuse: bool = False,
-    ) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
         b: Any = self._buffers
-        affine = b.get("x_affine")
-        if affine is None:
-            raise self._no_range()
-        weight = (b["panels"], b["scale"], b["wsum"], affine, bias)
-        addend = (y_affine, residual, residual_affine)
-        return ops.conv_int8(q, *weight, *addend, self.k, activation, conv, reuse=reuse)
+        return ops.conv_int8(q, b["panels"], b["scale"], b["wsum"], *tail, reuse=reuse)
 
 
 class PackedW8(_Int8Panels):

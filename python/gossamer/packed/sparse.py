@@ -189,24 +189,11 @@ class PackedSparseInt8(_Indexed):
         affine, mapped = b.get("x_affine"), (b.get("bitmap"), b.get("steps"))
         return ops.spmm_int8(x, *weight, affine, bias, self.k, activation, conv, *mapped)
 
-    def convolve(
-        self,
-        q: Tensor,
-        bias: Tensor | None,
-        activation: int,
-        conv: list[int],
-        y_affine: Tensor,
-        residual: Tensor | None = None,
-        residual_affine: Tensor | None = None,
-        reuse: bool = False,
-    ) -> Tensor:
+    def _convolve(self, q: Tensor, *tail: Any, reuse: bool) -> Tensor:
         b: Any = self._buffers
-        affine = b.get("x_affine")
-        if affine is None:
-            raise self._no_range()
-        weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"], affine)
-        tail = (bias, y_affine, residual, residual_affine, self.k, activation, conv)
-        return ops.conv_spmm_int8(q, *weight, *tail, b.get("bitmap"), reuse=reuse)
+        weight = (b["values"], b["columns"], b["rows"], b["cells"], b["scale"], b["wsum"])
+        arguments: tuple[Any, ...] = (*weight, *tail, b.get("bitmap"))
+        return ops.conv_spmm_int8(q, *arguments, reuse=reuse)
 
     def unpack(self) -> Tensor:
         weight = self.scale.new_zeros(self.n, round_up(self.k, 4))
