@@ -156,3 +156,20 @@ def test_gradients_and_compilers_see_no_writing() -> None:
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert same_bits(compiled(x, residual, reuse=True), layer(x, residual))
     assert torch.equal(residual, torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_residual_that_is_read_at_the_same_time_is_refused(format: str) -> None:
+    x = torch.randn(2, 4, 9, 9)
+    model = packed_net(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), format, x)
+    layer: Any = model[0]  # type: ignore[index]
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the residual is x itself"):
+        if format == "fp32":
+            layer(x, x, reuse=True)
+        else:
+            affine = layer.packed.x_affine
+            q = ops.block(x, affine)
+            layer.convolve(q, affine, q, affine, reuse=True)
+    empty = torch.zeros(0, 4, 9, 9)
+    if format == "fp32":
+        assert layer(empty, empty.clone(), reuse=True).shape == empty.shape

@@ -69,6 +69,7 @@ void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue*
     const Affine affine(range[0], "residual_affine");
     blocked.residual_scale = affine.scale, blocked.residual_zero = affine.zero;
   }
+  if (kInPlace) require_apart(residual[0], q);
   Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
   const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));

@@ -42,6 +42,13 @@ inline const void* residual_of(const std::vector<Tensor>& optional, const Layout
   return optional[0].data;
 }
 
+// The result must not be written over x, of which other pixels or outputs are still to be read.
+inline void require_apart(const Tensor& residual, const Tensor& x) {
+  if (x.data && residual.data == x.data) {
+    fail("the residual is x itself, which is read while the result is written: give it a copy");
+  }
+}
+
 // What an operator adds to its result. kInPlace, of those whose names end with _: the result takes
 // its memory, and nothing is returned.
 template <bool kInPlace>

@@ -61,6 +61,7 @@ void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& argu
   input.quantize_by(affine);
   const Layout layout = result(x, input, n);
   const void* addend = residual_of(residual, layout);
+  if (kInPlace) require_apart(residual[0], x);
   Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
   const gossamer_output output{y.data,     n,       input.planar, floats_of(bias),
                                activation, nullptr, addend};
