@@ -117,7 +117,8 @@ extern "C" int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_s
   if (x && !x->conv) return fail("conv_spmm_int8 needs the geometry of a convolution");
   const gossamer_index& index = w->index;
   if (const int status = check(x, index.n, index.k, y, Layouts::kAny)) return status;
-  const int64_t most = index.k <= active_kernels()->wide_k ? kMaxPixels : kNarrowLanes;
+  const Kernels& kernels = *active_kernels();
+  const int64_t most = index.k <= kernels.wide_k ? sparse_pixels(kernels.lanes) : kNarrowLanes;
   const int64_t pixels = tile_pixels(*x->conv, most);
   const Work work = work_of(*x, pixels, chunk_count(index.n));
   const ByEntries before{index, ceil_div(ceil_div(index.k, 4), kBlockWords)};

@@ -60,7 +60,7 @@ struct FloatImage {
   int64_t channels, pixels;
 };
 
-// Some output pixels of one blocked image: at most kMaxPixels.
+// Some output pixels of one blocked image.
 struct ImageTile {
   const uint8_t* q;
   const gossamer_conv& conv;
@@ -114,7 +114,7 @@ using Ceilings = double(gossamer_loop loop, const int32_t* data, int64_t bytes, 
 struct Kernels {
   const char* isa;
   int64_t lanes;
-  // Up to this k, spmm_int8 is faster on tiles of 64 rows than of 32.
+  // Up to this k, 1x4 products are faster on wide tiles than on those of kNarrowLanes.
   int64_t wide_k;
   QuantizeRows* quantize_rows;
   GemmInt8* gemm_int8;
@@ -136,11 +136,14 @@ struct Kernels {
 constexpr int64_t kMaxLanes = 64;
 // Outputs of spmm whose sums wait together, 256 KB of L2.
 constexpr int64_t kSpmmOutputs = 1024;
-// Rows in a tile of spmm_int8, see Kernels::wide_k.
+// Rows in a tile of spmm_int8 or pixels in one of conv_spmm_int8, see Kernels::wide_k.
 constexpr int64_t kNarrowLanes = 32;
 // Most pixels in a tile of a convolution, and more of them in a dense one, that fill no vector.
 constexpr int64_t kMaxPixels = 64;
 constexpr int64_t kRestPixels = 8;
+// Most in a tile of a sparse one, as many vectors as leave an entry's sums in registers: those of
+// nets for 224 x 224 pixels have a multiple of 7.
+constexpr int64_t sparse_pixels(int64_t lanes) { return lanes < 16 ? 56 : 112; }
 
 // Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a
 // vector: 16 on the widest Isa.

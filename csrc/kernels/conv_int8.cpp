@@ -2,7 +2,7 @@
 //
 //   q       (channels/4, height, width, 4)  u8, one image
 //   panels  (n/16, k/4, 16, 4)              s8, as gemm_int8 reads them; k = taps x channels up to 4
-//   panel   [k/4][width] words              scratch: what lies under the taps of <= 64 pixels
+//   panel   [k/4][width] words              scratch: what lies under the taps of <= 72 pixels
 //   sums    [16][width] int32               scratch
 //   y       see gossamer_output
 //

@@ -9,9 +9,10 @@
 namespace gossamer {
 namespace GOSSAMER_ISA {
 
-constexpr int kMaxVectors = kMaxPixels / kLanes;
-// Of a window: those of a dense convolution's tile may be a few pixels more.
-constexpr int64_t kWindowPixels = round_up(kMaxPixels + kRestPixels, 16);
+constexpr int kSparseVectors = sparse_pixels(kLanes) / kLanes;
+// Most of a window.
+constexpr int64_t kWindowPixels = 112;
+static_assert(kWindowPixels >= sparse_pixels(kLanes) && kWindowPixels >= kMaxPixels + kRestPixels);
 
 static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
 

@@ -27,7 +27,7 @@ constexpr int kInt4RowPanels = 2;
 // stores five sums a turn: without that it takes the same time, with one vector 1.3 times as long.
 constexpr int kConvVectors = 2;
 // Kernels::wide_k.
-constexpr int64_t kWideK = 384;
+constexpr int64_t kWideK = 640;
 
 struct F32 {
   __m256 v;

@@ -236,7 +236,9 @@ void check_kernels_alone(const Images& images, Side side) {
   for (const Arithmetic arithmetic : {Arithmetic::kInt8, Arithmetic::kSparseInt8}) {
     const Chain chain(images, arithmetic, operands, side);
     for (const Kernels* table : tables_here()) {
-      chain.alone(*table, {0, std::min(pixels, kMaxPixels)});
+      const int64_t most =
+          arithmetic == Arithmetic::kInt8 ? kMaxPixels + kRestPixels : sparse_pixels(table->lanes);
+      chain.alone(*table, {0, std::min(pixels, most)});
       chain.alone(*table, {std::max<int64_t>(0, pixels - 7), pixels});
     }
   }
