@@ -178,8 +178,9 @@ extern "C" int gossamer_sddmm(const gossamer_input* x, const gossamer_input* dy,
     std::fill(dw, dw + w->entries, 0.0f);
     return GOSSAMER_OK;
   }
-  // A thread has the entries of its chunks to itself, and walks all rows.
-  const Work work{1, 1, 1, chunk_count(w->n)};
+  // A thread has the entries of its chunks to itself, and walks all rows once.
+  const int64_t chunks = chunk_count(w->n);
+  const Work work{1, 1, 1, chunks, chunks};
   const ByEntries before{*w, ceil_div(w->k, kBlockFloats)};
   const double macs = macs_of_lanes(rows, 2 * double(w->entries));
   return run(work, macs, before, parallel_for, [&](const Tile& mine) {

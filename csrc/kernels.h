@@ -66,6 +66,7 @@ struct ImageTile {
   const gossamer_conv& conv;
   Affine affine;  // a scale of NaN makes all results NaN
   Range pixels;
+  bool gathered = false;  // scratch holds their panel
 };
 
 // Where they go, in the image that to.y points to: blocked; planar, to.stride is a plane's pixels;

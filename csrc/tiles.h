@@ -1,168 +1,12 @@
-// tiles.h: how a product is cut into tiles of rows x units of outputs, and what one tile reads and
-// writes.
+// tiles.h: what one tile reads and writes.
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdlib>
 #include <cstring>
 
-#include "error.h"
-#include "isa.h"
+#include "work.h"
 
 namespace gossamer {
-
-// Scratch: one buffer a thread, kept between calls while it is small.
-class Scratch {
- public:
-  static constexpr int64_t kKept = int64_t{4} << 20;
-
-  ~Scratch() { std::free(data_); }
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      release();
-      data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(round_up(bytes, 64))));
-      size_ = data_ ? bytes : 0;
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ > kKept) release();
-  }
-
- private:
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  char* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-inline thread_local Scratch scratch;
-
-// Work: tiles of rows x units of outputs.
-struct Work {
-  int64_t images, rows;  // rows of one image; a matrix is one image
-  int64_t tile;          // rows a tile, never more than there are
-  int64_t units;         // output units: panels or chunks, or groups of them
-  int64_t tiles() const { return rows == 0 ? 0 : images * ceil_div(rows, tile); }
-};
-
-struct Tile {
-  int64_t image;
-  Range rows, units;
-  bool fresh;  // the first tile of its image in this thread's range: nothing in scratch is of use
-  int64_t count() const { return rows.end - rows.begin; }
-};
-
-// A region of work shorter than 20 us is not worth a second thread (a torch region costs about 1 us,
-// waking a sleeping thread 5 to 20). At 50 G int8 MACs a second.
-constexpr double kGrainMacs = 20e-6 * 50e9;
-
-// Tile number t, all of its units.
-inline Tile tile_at(const Work& work, int64_t t) {
-  const int64_t per_image = ceil_div(work.rows, work.tile), row = t % per_image * work.tile;
-  return {t / per_image, {row, std::min(row + work.tile, work.rows)}, {0, work.units}, false};
-}
-
-// What the units before `unit` cost, in any measure: threads share the whole evenly by it.
-struct Even {
-  int64_t operator()(int64_t unit) const { return unit; }
-};
-// Chunks by their entries, and by their outputs, which have to be written.
-struct ByEntries {
-  const gossamer_index& w;
-  int64_t blocks;
-
-  int64_t operator()(int64_t unit) const {
-    const int64_t chunks = chunk_count(w.n);
-    int64_t cost = unit * chunk_rows(w.n);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int32_t* cell = w.cells + 2 * b * chunks;
-      cost += cell[2 * unit + 1] - cell[1];
-    }
-    return cost;
-  }
-};
-
-// Items (a unit of a tile each) by what they cost: a unit what lies between before(unit) and
-// before(unit + 1) for each of the tile's rows, of 196 pixels the last of four tiles has 4.
-template <typename Before>
-class Shares {
- public:
-  Shares(const Work& work, const Before& before)
-      : work_(work),
-        before_(before),
-        whole_((work.rows - 1) / work.tile),
-        last_(weight(work.rows - whole_ * work.tile)),
-        image_(before(work.units) * (whole_ * weight(work.tile) + last_)) {}
-
-  int64_t cost() const { return work_.images * image_; }
-  // The first item whose middle lies at `at` or behind it: of two that are nearly equal, each half
-  // has one.
-  int64_t item(int64_t at) const {
-    const int64_t each = before_(work_.units) * weight(work_.tile);
-    const int64_t t = std::min(at % image_ / each, whole_), place = at % image_ - t * each;
-    const int64_t rows = t < whole_ ? weight(work_.tile) : last_;
-    int64_t low = 0, high = work_.units;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      const int64_t twice = before_(middle) + before_(middle + 1);
-      rows* twice < 2 * place ? low = middle + 1 : high = middle;
-    }
-    return (at / image_ * (whole_ + 1) + t) * work_.units + low;
-  }
-
- private:
-  static int64_t weight(int64_t rows) { return round_up(rows, 8); }
-
-  const Work& work_;
-  const Before& before_;
-  int64_t whole_, last_, image_;
-};
-
-// Calls body(tile) for ranges of units that cover all tiles. `macs` is what all of it costs.
-template <typename Before, typename Body>
-int run(const Work& work, double macs, Before before, gossamer_parallel_for parallel_for,
-        Body body) {
-  if (work.tiles() * work.units == 0) return GOSSAMER_OK;
-  const Shares<Before> shares(work, before);
-  struct Context {
-    const Work& work;
-    const Shares<Before>& shares;
-    Body& body;
-    std::atomic<bool> failed;
-  } context{work, shares, body, {false}};
-  const gossamer_body each = [](int64_t from, int64_t to, void* opaque) {
-    Context& c = *static_cast<Context*>(opaque);
-    const int64_t units = c.work.units;
-    int64_t image = -1;
-    for (int64_t begin = c.shares.item(from), end = c.shares.item(to); begin < end;) {
-      const int64_t t = begin / units, first = begin % units,
-                    last = std::min(units, first + end - begin);
-      Tile tile = tile_at(c.work, t);
-      tile.units = {first, last};
-      tile.fresh = tile.image != image;
-      if (!c.body(tile)) c.failed = true;
-      image = tile.image;
-      begin += last - first;
-    }
-    scratch.trim();
-  };
-  const int64_t cost = shares.cost();
-  const double grain = std::ceil(kGrainMacs * static_cast<double>(cost) / std::max(macs, 1.0));
-  if (!parallel_for || grain >= static_cast<double>(cost)) {
-    each(0, cost, &context);
-  } else {
-    parallel_for(0, cost, static_cast<int64_t>(grain), each, &context);
-  }
-  if (!context.failed) return GOSSAMER_OK;
-  fail("out of memory: the scratch buffer of a thread could not be allocated");
-  return GOSSAMER_NO_MEMORY;
-}
 
 // Rows of a tile: at most `most`, fewer where a thread's scratch of `row_bytes` each would exceed both
 // what it keeps and a quarter of the dense fp32 weight.
@@ -261,6 +105,7 @@ class Quantizer {
     auto* scale = reinterpret_cast<float*>(arena.take(tile_rows_ * 4));
     auto* zero = reinterpret_cast<int32_t*>(arena.take(tile_rows_ * 4));
     auto* q = reinterpret_cast<uint8_t*>(arena.take(tile_rows_ * stride_));
+    if (tile.again) return {q, stride_, scale, zero, tile.count()};
     if (!x_.conv) {
       kernels.quantize_rows(float_tile(x_, k_, tile, arena), k_, given(x_), q, stride_, scale,
                             zero);

@@ -95,6 +95,7 @@ class Window {
 
 // The image under a tile -> panel[tap][block of channels][width].
 static inline void gather(const ImageTile& x, int32_t* panel) {
+  if (x.gathered) return;
   const gossamer_conv& c = x.conv;
   const Window window(c, x.pixels);
   const int64_t width = width_of(x.pixels), blocks = ceil_div(c.channels, 4);

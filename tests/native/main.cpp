@@ -222,35 +222,6 @@ int64_t check_convolutions(std::mt19937& random) {
   return checked;
 }
 
-// y of a sparse product, as far as the first of two threads makes it; NaN elsewhere.
-std::vector<float> first_half(int64_t rows, int64_t n, int64_t k, double density,
-                              std::mt19937& random) {
-  const Operands operands(Weight(n, k, density, 1, random), Side::kEnd);
-  const Matrix x = random_matrix(rows, k, random);
-  std::vector<float> y(static_cast<size_t>(rows * n), NAN);
-  const gossamer_input input{x.x.data(), GOSSAMER_FLOAT32, rows, k, nullptr, 0, 0, 0};
-  const gossamer_output output{y.data(), n, 0, nullptr, GOSSAMER_NONE, nullptr, nullptr};
-  const gossamer_sparse w = operands.sparse();
-  require_ok(gossamer_spmm(&input, &w, &output,
-                           [](int64_t begin, int64_t end, int64_t, gossamer_body body,
-                              void* context) { body(begin, begin + (end - begin) / 2, context); }));
-  return y;
-}
-
-void check_shares(std::mt19937& random) {
-  // Two chunks that cost about the same: a thread each, whichever costs more.
-  const size_t n = 512;
-  for (int round = 0; round < 8; ++round) {
-    const std::vector<float> y = first_half(64, n, 96, 0.5, random);
-    for (size_t i = 0; i < y.size(); ++i)
-      require((y[i] == y[i]) == (i % n < n / 2), "spmm: half of the work is not one of two chunks");
-  }
-  // 196 rows are three tiles of 64 and one of 4: half of them are not two tiles.
-  int64_t done = 0;
-  for (const float value : first_half(196, 32, 512, 0.9, random)) done += value == value;
-  require(done == 32 * 64 + 16 * 64, "spmm: the first of two threads has not three half tiles");
-}
-
 }  // namespace
 
 int main() try {
@@ -258,7 +229,7 @@ int main() try {
   std::mt19937 random(1);
   const int64_t shapes = check_shapes(random), convolutions = check_convolutions(random);
   check_damaged_indices(random);
-  check_shares(random);
+  check_threads(random);
   std::printf("%lld shapes and %lld convolutions, int8 bits %016llx, on", (long long)shapes,
               (long long)convolutions, (unsigned long long)int8_bits);
   for (const char* const* isa = gossamer_isas(); *isa; ++isa) std::printf(" %s", *isa);

@@ -120,3 +120,5 @@ void check_gradient(const Product& product, gossamer_parallel_for parallel_for,
 std::vector<uint8_t> check_images(const Product& product, gossamer_parallel_for parallel_for);
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);
+// threads.cpp: how threads share a product.
+void check_threads(std::mt19937& random);
