@@ -184,6 +184,7 @@ class Run {
   void part(int64_t from, int64_t to) {
     int64_t last = -1;
     const Range items{costs_.item(from), costs_.item(to)};
+    // Alone, there is nobody to share with.
     const int64_t own = to - from == costs_.cost() ? kShares : opened_++;
     if (own >= kShares) {
       walk(items, last);

@@ -10,9 +10,10 @@ namespace gossamer {
 namespace GOSSAMER_ISA {
 
 constexpr int kSparseVectors = sparse_pixels(kLanes) / kLanes;
-// Most of a window.
-constexpr int64_t kWindowPixels = 112;
-static_assert(kWindowPixels >= sparse_pixels(kLanes) && kWindowPixels >= kMaxPixels + kRestPixels);
+// Of a window: those of a dense convolution's tile, or of a sparse one's.
+constexpr int64_t kDensePixels = round_up(kMaxPixels + kRestPixels, 16);
+constexpr int64_t kWindowPixels = kDensePixels > sparse_pixels(kLanes) ? kDensePixels
+                                                                       : sparse_pixels(kLanes);
 
 static inline int64_t width_of(Range pixels) { return round_up(pixels.end - pixels.begin, kLanes); }
 

@@ -1,5 +1,5 @@
-// How threads share a product: evenly by what it costs, and what one has not begun is done by
-// another that has nothing left.
+// threads.cpp: how threads share a product: evenly by what it costs, and what one has not begun is
+// done by another that has nothing left.
 
 #include <condition_variable>
 #include <mutex>
