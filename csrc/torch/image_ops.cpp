@@ -6,6 +6,7 @@
 
 #include "include/gossamer.h"
 #include "torch/operands.h"
+#include "torch/operators.h"
 #include "torch/tensor.h"
 
 namespace gossamer {
@@ -121,7 +122,7 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
 
 // (q, kernel, stride, padding, dilation) -> y
 void max_pool(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TLLLL");
+  Arguments arguments(stack, kMaxPool);
   const Tensor q = arguments.tensor();
   Blocked input(q, 1, 0);
   std::vector<int64_t> kernel = arguments.integers(), stride = arguments.integers(),
@@ -139,7 +140,7 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
 // (q, panels, scale, wsum, x_affine, ...)
 template <bool kInPlace>
 void conv_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kInPlace ? "TTTTTOTTOIIL" : "TTTTTOTOOIIL");
+  Arguments arguments(stack, kConvInt8<kInPlace>);
   const Tensor q = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
@@ -157,7 +158,7 @@ template void conv_int8<true>(StableIValue*, uint64_t, uint64_t);
 // (q, values, columns, rows, cells, scale, wsum, x_affine, ...)
 template <bool kInPlace>
 void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kInPlace ? "TTTTTTTTOTTOIIL" : "TTTTTTTTOTOOIIL");
+  Arguments arguments(stack, kConvSpmmInt8<kInPlace>);
   const Tensor q = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
   const Index index(arguments, values.numel() / 4);

@@ -14,22 +14,11 @@
 
 #include "include/gossamer.h"
 #include "torch/operands.h"
+#include "torch/operators.h"
 #include "torch/tensor.h"
 
-// image_ops.cpp
 namespace gossamer {
-void block(StableIValue* stack, uint64_t, uint64_t);
-void unblock(StableIValue* stack, uint64_t, uint64_t);
-void max_pool(StableIValue* stack, uint64_t, uint64_t);
-template <bool kInPlace>
-void conv_int8(StableIValue* stack, uint64_t, uint64_t);
-template <bool kInPlace>
-void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
-}  // namespace gossamer
-
 namespace {
-
-using namespace gossamer;
 
 Layout result(const Tensor& x, const Input& input, int64_t n) {
   if (!input.view.conv) {
@@ -122,24 +111,6 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
           });
 }
 
-// (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
-template <bool kInPlace>
-void spmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kInPlace ? "TTTTTITOIIP" : "TTTTTIOOIIP");
-  const Tensor x = arguments.tensor();
-  const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
-  const Index index(arguments, values.numel());
-  const int64_t n = arguments.integer();
-  std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
-  product<kInPlace>(
-      x, {}, arguments, n, stack,
-      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
-        return gossamer_spmm(&input, &w, &y, parallel_for);
-      },
-      true, std::move(residual));
-}
-
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
 void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack, "TTTTTTTOOIIP");
@@ -219,6 +190,30 @@ void im2col(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = y.release();
 }
 
+}  // namespace
+
+// (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
+template <bool kInPlace>
+void spmm(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, kSpmm<kInPlace>);
+  const Tensor x = arguments.tensor();
+  const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
+  const Index index(arguments, values.numel());
+  const int64_t n = arguments.integer();
+  std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
+  product<kInPlace>(
+      x, {}, arguments, n, stack,
+      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
+        return gossamer_spmm(&input, &w, &y, parallel_for);
+      },
+      true, std::move(residual));
+}
+template void spmm<false>(StableIValue*, uint64_t, uint64_t);
+template void spmm<true>(StableIValue*, uint64_t, uint64_t);
+
+namespace {
+
 struct Operator {
   const char *name, *schema;
   void (*run)(StableIValue*, uint64_t, uint64_t);
@@ -266,6 +261,7 @@ const Operator kOperators[] = {
     {"conv_int8_", "conv_int8_(" CONV_INT8(OVER) " -> ()", conv_int8<true>},
     {"conv_spmm_int8", "conv_spmm_int8(" CONV_SPMM_INT8(ANY) " -> Tensor", conv_spmm_int8<false>},
     {"conv_spmm_int8_", "conv_spmm_int8_(" CONV_SPMM_INT8(OVER) " -> ()", conv_spmm_int8<true>},
+    {"chain", "chain(Tensor[] values, Tensor[] weights, int[] calls) -> Tensor[]", chain},
 };
 
 // Runs when the library is loaded; the registrations live as long as the process.
@@ -283,3 +279,4 @@ const bool registered = [] {
 }();
 
 }  // namespace
+}  // namespace gossamer

@@ -35,6 +35,9 @@ SHIM(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dt
 SHIM(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t* type));
 SHIM(AOTITorchError, aoti_torch_empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* tensor));
 SHIM(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle tensor));
+SHIM(AOTITorchError, aoti_torch_new_tensor_handle, (AtenTensorHandle tensor, AtenTensorHandle* same));
+SHIM(AOTITorchError, torch_new_list_reserve_size, (size_t size, StableListHandle* list));
+SHIM(AOTITorchError, torch_list_push_back, (StableListHandle list, StableIValue item));
 SHIM(AOTITorchError, torch_list_size, (StableListHandle list, size_t* size));
 SHIM(AOTITorchError, torch_list_get_item, (StableListHandle list, size_t index, StableIValue* item));
 SHIM(AOTITorchError, torch_delete_list, (StableListHandle list));

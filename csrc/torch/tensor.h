@@ -2,6 +2,7 @@
 // shim.h.
 #pragma once
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -97,9 +98,15 @@ class Tensor {
   AtenTensorHandle handle_ = nullptr;
 };
 
+// A tensor's handle alone, which costs less than what Tensor reads of it.
+struct DeleteTensor {
+  void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
+};
+using Handle = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
+
 // Reads the arguments of one call off torch's stack, in order. What it takes its caller owns; what
 // is left when a check fails is freed, by its kind: T tensor, O optional tensor, I integer, L list,
-// P optional list.
+// P optional list, H list of tensors.
 class Arguments {
  public:
   Arguments(StableIValue* stack, const char* kinds) : next_(stack), kinds_(kinds) {}
@@ -111,6 +118,8 @@ class Arguments {
         aoti_torch_delete_tensor_object(take<AtenTensorHandle>());
       } else if (kind == 'L') {
         torch_delete_list(take<StableListHandle>());
+      } else if (kind == 'H') {
+        handles();
       } else if (kind == 'I') {
         integer();
       } else if (auto* box = take<StableIValue*>()) {
@@ -165,6 +174,12 @@ class Arguments {
     return values;
   }
   std::vector<int64_t> integers() { return list(take<StableListHandle>()); }
+  std::vector<Handle> handles() {
+    std::vector<Handle> found;
+    for (int64_t item : list(take<StableListHandle>()))
+      found.emplace_back(reinterpret_cast<AtenTensorHandle>(item));
+    return found;
+  }
 
  private:
   template <typename T>
@@ -176,6 +191,7 @@ class Arguments {
     size_t size = 0;
     std::vector<int64_t> values;
     require(torch_list_size(handle, &size), "list_size");
+    values.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item = 0;
       require(torch_list_get_item(handle, i, &item), "list_get_item");

@@ -50,6 +50,7 @@ _conv_int8 = _OPS.conv_int8.default
 _conv_int8_ = _OPS.conv_int8_.default
 _conv_spmm_int8 = _OPS.conv_spmm_int8.default
 _conv_spmm_int8_ = _OPS.conv_spmm_int8_.default
+chain = _OPS.chain.default  # csrc/torch/chain.cpp
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -25,6 +25,8 @@ from gossamer.dtypes import KeepsDtypes
 from gossamer.packed import Packed
 from gossamer.timing import unfused
 
+from .chain import chained
+
 _M = TypeVar("_M", bound=nn.Module)
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -41,7 +43,7 @@ class Fused(fx.GraphModule):
         """As fx does; `forward` then takes large batches in pieces."""
         code = super().recompile()
         cls: Any = type(self)
-        cls.forward = _in_pieces(cls.forward)
+        cls.forward = _in_pieces(chained(self, cls.forward))
         return code
 
 

@@ -42,6 +42,7 @@ class Packed(nn.Module):
         trainable: gradients flow through `multiply`, to x, to the weight and to the bias.
         convolves: blocked images too, where the format is static.
         adds: `multiply` takes a residual.
+        BUFFERS: names and dtypes, in the order in which the operator takes them.
     """
 
     kernel: str

@@ -1,0 +1,28 @@
+// operators.h: the operators that chain.cpp may call, with the kinds of their arguments (tensor.h).
+#pragma once
+
+#include "torch/shim.h"
+
+namespace gossamer {
+
+// kInPlace: the name ends with _, and the residual is a tensor that the result is written over.
+template <bool kInPlace>
+constexpr const char* kSpmm = kInPlace ? "TTTTTITOIIP" : "TTTTTIOOIIP";
+template <bool kInPlace>
+constexpr const char* kConvInt8 = kInPlace ? "TTTTTOTTOIIL" : "TTTTTOTOOIIL";
+template <bool kInPlace>
+constexpr const char* kConvSpmmInt8 = kInPlace ? "TTTTTTTTOTTOIIL" : "TTTTTTTTOTOOIIL";
+constexpr const char* kMaxPool = "TLLLL";
+
+template <bool kInPlace>
+void spmm(StableIValue* stack, uint64_t, uint64_t);
+template <bool kInPlace>
+void conv_int8(StableIValue* stack, uint64_t, uint64_t);
+template <bool kInPlace>
+void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
+void block(StableIValue* stack, uint64_t, uint64_t);
+void unblock(StableIValue* stack, uint64_t, uint64_t);
+void max_pool(StableIValue* stack, uint64_t, uint64_t);
+void chain(StableIValue* stack, uint64_t, uint64_t);
+
+}  // namespace gossamer

@@ -1,0 +1,279 @@
+"""Runs of packed layers as one call of an operator: csrc/torch/chain.cpp.
+
+Between two kernels lie 20 to 30 us of module, interpreter and dispatcher, all of it cold: a sixth
+of a sparse ResNet-50, whatever the number of threads. The graph stays as it is; what is run in its
+place is this, where nothing can see the difference.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as modules
+
+from gossamer import ops
+from gossamer.layers import Conv2d
+
+from .images import ImageConv2d, ImageMaxPool2d
+from .match import module_of
+
+# As chain.cpp has them.
+_STEMS = ("spmm", "conv_int8", "conv_spmm_int8")
+_OPERATORS = (*(stem + end for stem in _STEMS for end in ("", "_")), "max_pool")
+_NOTHING, _NEXT = -1, -2
+
+
+class _Link(NamedTuple):
+    """One layer: its name, and which values it reads, as chain.cpp counts them."""
+
+    target: str
+    x: int
+    residual: int
+    reuse: bool
+    over: bool  # reuse, of a residual that the chain was not given
+
+
+@dataclass
+class _Plan:
+    """A call of `ops.chain`, and what it was made of: modules' dicts, which they keep for life."""
+
+    modules: Any  # of the root
+    calls: list[int] = field(default_factory=list)
+    sources: list[tuple[Callable[[Any], Sequence[Tensor]], Any]] = field(default_factory=list)
+    facts: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
+    hooks: list[Mapping[Any, Any]] = field(default_factory=list)
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether all modules are those that they were, and none has hooks."""
+        if self.modules is not root._modules:
+            return False
+        for mapping, name, value in self.facts:
+            if mapping.get(name) is not value:
+                return False
+        return not any(self.hooks)
+
+    def weights(self) -> list[Tensor]:
+        """The tensors that the modules hold now."""
+        found: list[Tensor] = []
+        for get, mapping in self.sources:
+            found += get(mapping)
+        return found
+
+
+class Chain:
+    """Layers that follow each other in a graph, called with what they read from elsewhere."""
+
+    def __init__(self, nodes: Sequence[fx.Node], kind: str) -> None:
+        inside = set(nodes)
+        read = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes)
+        self.nodes, self.kind = nodes, kind
+        self.inputs = [node for node in read if node not in inside]
+        self.outputs = [node for node in nodes if not node.users or set(node.users) - inside]
+        self.links = list(self._links())
+        self._plans: dict[int, _Plan | None] = {}
+
+    def _links(self) -> Iterator[_Link]:
+        places = {node: place for place, node in enumerate([*self.inputs, *self.nodes])}
+        unread = {node for node in places if not set(node.users) - set(self.nodes)}
+        found = []
+        for node in reversed(self.nodes):
+            x, residual, reuse = (*node.args, None, None)[:3]
+            codes = [_NOTHING, _NOTHING]
+            for i, value in ((1, residual), (0, x)):
+                if isinstance(value, fx.Node):
+                    codes[i] = 2 * places[value] + (value in unread)
+                    unread.discard(value)
+            over = bool(reuse) and codes[1] >= 2 * len(self.inputs)
+            found.append(_Link(str(node.target), codes[0], codes[1], bool(reuse), over))
+        return reversed(found)
+
+    def __call__(self, root: nn.Module, *inputs: Any) -> list[Any]:
+        """The outputs, in order."""
+        plan = self._plan(root, inputs)
+        if plan is not None:
+            try:
+                return ops.chain(list(inputs), plan.weights(), plan.calls)
+            except RuntimeError:
+                pass  # nothing was written to; the layer that cannot run says why
+        values = list(inputs)
+        for link in self.links:
+            read = [value for value in (link.x, link.residual) if value != _NOTHING]
+            operands = [values[value // 2] for value in read]
+            for value in read:
+                if value % 2:
+                    values[value // 2] = None
+            values.append(root.get_submodule(link.target)(*operands, *[True] * link.reuse))
+        return [value for value in values[len(inputs) :] if value is not None]
+
+    def _plan(self, root: nn.Module, inputs: Sequence[Any]) -> _Plan | None:
+        """What to call; None where the layers must be called one by one."""
+        if not all(type(x) is Tensor and x.is_cpu for x in inputs):
+            return None
+        if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+            return None
+        planar = 1 if self.kind == "images" else _planar(inputs)
+        if planar is None:
+            return None
+        plan = self._plans.get(planar)
+        if plan is None or not plan.holds(root):
+            plan = self._plans[planar] = _planned(root, self.links, planar, self.kind)
+        return plan
+
+
+def _planar(inputs: Sequence[Tensor]) -> int | None:
+    """1 for contiguous images of one dtype, 0 for channels_last; None for others."""
+    dtype = inputs[0].dtype
+    if not all(x.dim() == 4 and x.dtype == dtype for x in inputs) or not dtype.is_floating_point:
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return None
+    if all(x.is_contiguous() for x in inputs):
+        return 1
+    last = torch.channels_last
+    return 0 if all(x.is_contiguous(memory_format=last) for x in inputs) else None
+
+
+def _planned(root: nn.Module, links: Sequence[_Link], planar: int, kind: str) -> _Plan | None:
+    plan = _Plan(root._modules)
+    known: set[tuple[int, str]] = set()
+    for link in links:
+        module: Any = root
+        for name in link.target.split("."):
+            parent, module = module._modules, getattr(module, name)
+            if (id(parent), name) not in known:
+                plan.facts.append((parent, name, module))
+                known.add((id(parent), name))
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        if _kind(module) != kind or any(hooks) or "forward" in vars(module):
+            return None
+        plan.hooks.extend(hooks)
+        plan.facts.append((vars(module), "forward", None))
+        _ADD[type(module)](plan, module, link, planar)
+    return plan
+
+
+def _add_image(plan: _Plan, image: ImageConv2d, link: _Link, planar: int) -> None:
+    """`ops.conv_int8`, or `ops.conv_spmm_int8`."""
+    layer, packed = image.layer, image.layer.packed
+    names = (*packed.BUFFERS, "x_affine")
+    plan.facts.append((image._modules, "layer", layer))
+    plan.calls += [_OPERATORS.index(_stem(packed) + "_" * link.over), link.x]
+    plan.calls += [_NEXT] * len(names)
+    _read(plan, packed._buffers, *names)
+    bias = _optional(plan, layer._buffers, "bias")
+    _read(plan, image._buffers, "y_affine")
+    affine = _optional(plan, image._buffers, "residual_affine")
+    plan.calls += [bias, _NEXT, link.residual, affine]
+    _add_tail(plan, layer, planar)
+
+
+def _stem(packed: Any) -> str:
+    """What multiplies blocked images with such a weight."""
+    kernel: str = packed.kernel
+    return kernel.replace("gemm", "conv").replace("spmm", "conv_spmm")
+
+
+def _add_floats(plan: _Plan, layer: Conv2d, link: _Link, planar: int) -> None:
+    """`ops.spmm`."""
+    packed: Any = layer.packed
+    plan.calls += [_OPERATORS.index(packed.kernel + "_" * link.over), link.x]
+    plan.calls += [_NEXT] * len(packed.BUFFERS)
+    _read(plan, packed._buffers, *packed.BUFFERS)
+    plan.calls += [packed.n, link.residual, _optional(plan, layer._buffers, "bias")]
+    _add_tail(plan, layer, planar)
+
+
+def _add_tail(plan: _Plan, layer: Any, planar: int) -> None:
+    plan.facts.append((layer._modules, "packed", layer.packed))
+    plan.facts.append((vars(layer), "_activation", layer._activation))
+    plan.calls += [layer.packed.k, layer._activation, len(layer._conv) + 1, *layer._conv, planar]
+
+
+def _add_pool(plan: _Plan, module: ImageMaxPool2d, link: _Link, planar: int) -> None:
+    """`ops.max_pool`."""
+    pool = module.pool
+    padding = [side for side in pool.padding for _ in range(2)]
+    plan.facts.append((vars(module), "pool", pool))
+    plan.calls += [_OPERATORS.index("max_pool"), link.x]
+    for sizes in (pool.kernel, pool.stride, padding, pool.dilation):
+        plan.calls += [len(sizes), *sizes]
+
+
+def _read(plan: _Plan, buffers: Any, *names: str) -> None:
+    get = operator.itemgetter(*names)
+    plan.sources.append((get if len(names) > 1 else lambda mapping: (get(mapping),), buffers))
+
+
+def _optional(plan: _Plan, buffers: Any, name: str) -> int:
+    """How the calls say that a buffer is there, or not."""
+    if buffers[name] is None:
+        plan.facts.append((buffers, name, None))
+        return _NOTHING
+    _read(plan, buffers, name)
+    return _NEXT
+
+
+_ADD: dict[type[nn.Module], Callable[..., None]] = {
+    Conv2d: _add_floats,
+    ImageConv2d: _add_image,
+    ImageMaxPool2d: _add_pool,
+}
+
+
+def _kind(module: Any) -> str:
+    """What may follow each other in a chain: "images" or "floats"; "" for what may not."""
+    if type(module) is Conv2d:
+        packed = module.packed
+        alone = packed.kernel == "spmm" and not packed.trainable and module._outside is None
+        return "floats" if alone else ""
+    if type(module) is ImageConv2d:
+        return "images" if _stem(module.layer.packed) in _STEMS else ""
+    return "images" if type(module) is ImageMaxPool2d and not module.pool.ceil_mode else ""
+
+
+def chains_of(graph: fx.Graph) -> list[Chain]:
+    """The longest runs of two and more layers of one kind."""
+    runs: list[tuple[str, list[fx.Node]]] = [("", [])]
+    for node in graph.nodes:
+        kind = "" if node.kwargs else _kind(module_of(node))
+        if kind != runs[-1][0]:
+            runs.append((kind, []))
+        runs[-1][1].append(node)
+    return [Chain(run, kind) for kind, run in runs if kind and len(run) > 1]
+
+
+def chained(root: fx.GraphModule, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph's forward with its chains in the place of their layers, but under a compiler."""
+    chains = chains_of(root.graph)
+    if not chains:
+        return forward
+    cls: Any = type(root)
+    cls._chain = lambda self, place, *inputs: chains[place](self, *inputs)
+    short = copy.deepcopy(root.graph)
+    twins = dict(zip(root.graph.nodes, short.nodes, strict=True))
+    for place, chain in enumerate(chains):
+        layers = [twins[node] for node in chain.nodes]
+        with short.inserting_before(layers[0]):
+            inputs = [twins[node] for node in chain.inputs]
+            call = short.create_node("call_module", "_chain", (place, *inputs))
+            for i, node in enumerate(chain.outputs):
+                result = short.call_function(operator.getitem, (call, i))
+                twins[node].replace_all_uses_with(result)
+                twins[node] = result
+        for node in reversed(layers):
+            short.erase_node(node)
+    through: Any = type(fx.GraphModule(root, short)).forward
+
+    @functools.wraps(forward)
+    def run(self: fx.GraphModule, *inputs: Any, **named: Any) -> Any:
+        whole = forward if torch.compiler.is_compiling() else through
+        return whole(self, *inputs, **named)
+
+    return run

@@ -1,0 +1,307 @@
+"""Runs of layers in one call: the same bits, and only where nothing could see the difference."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fused_nets import Chain, Dense, ResNet, UNet, images, lively, run, static
+from products import same_bits
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import gossamer as gs
+from gossamer import ops
+from gossamer.fuse import chain
+from gossamer.timing import threads
+
+FORMATS: dict[str, Any] = {
+    "int8": gs.Int8(activations="static"),
+    "1x4": gs.SparseInt8(activations="static"),
+    "fp32": gs.Sparse(),
+}
+EVERY_FORMAT = pytest.mark.parametrize("format", FORMATS)
+
+
+def fused_net(net: nn.Module, format: str, x: Tensor) -> Any:
+    if format != "fp32":
+        return gs.fuse(static(lively(net), x, FORMATS[format]), x)
+    dense = lively(net)
+    gs.prune_(dense, 0.5, "unstructured")
+    gs.compress_(dense, FORMATS[format])
+    return gs.fuse(dense, x)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many values each call of the operator returned; one that it refused is not there."""
+    seen: list[int] = []
+    own = ops.chain
+
+    def counted(*arguments: Any) -> list[Tensor]:
+        results = own(*arguments)
+        seen.append(len(results))
+        return results
+
+    monkeypatch.setattr(ops, "chain", counted)
+    yield seen
+
+
+def one_by_one(fused: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        return fx.Interpreter(fused).run(x)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    got, want = (v if isinstance(v, tuple) else (v,) for v in (got, want))
+    assert len(got) == len(want) and all(map(same_bits, got, want))
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("net", [ResNet, Chain, UNet, Dense], ids=lambda net: net.__name__)
+def test_bits_are_those_of_one_layer_after_the_other(
+    net: type[nn.Module], format: str, isa: str, calls: list[int]
+) -> None:
+    x = images(3, 32)
+    fused = fused_net(net(), format, x)
+    chains = len(chain.chains_of(fused.graph))
+    assert chains or net is not ResNet
+    last = x.contiguous(memory_format=torch.channels_last)
+    for image in (x, last, x[:1], x[..., :24]):
+        before = image.clone()
+        want = one_by_one(fused, image)
+        for count in (1, 2):
+            with threads(count):
+                calls.clear()
+                assert_same(run(fused, image), want)
+                assert len(calls) >= chains  # more, in pieces
+        assert torch.equal(image, before)
+
+
+class Tangle(nn.Module):
+    """Values that two chains share, that are returned, and that are x and residual at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d, self.e, self.f = (
+            nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first = torch.relu(self.a(x))
+        second = torch.relu(self.b(first) + first)
+        between = torch.sigmoid(self.c(second))
+        third = torch.relu(self.d(between) + first)
+        fourth = torch.relu(self.e(third) + third)
+        return third, self.f(fourth), second
+
+
+@EVERY_FORMAT
+def test_values_of_several_chains(format: str, calls: list[int]) -> None:
+    x = torch.randn(2, 4, 9, 11)
+    fused = fused_net(Tangle(), format, x)
+    got = run(fused, x)
+    assert calls == ([3, 2] if format == "fp32" else [2, 2])  # values that others read
+    assert_same(got, one_by_one(fused, x))
+    assert_same(run(fused, x), got)
+
+
+@EVERY_FORMAT
+def test_hooks_see_their_layers(format: str, calls: list[int]) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    want, name = run(fused, x), "layers.0.conv2"
+    assert calls
+    layer = fused.get_submodule(name)
+    seen: list[Any] = []
+    for register in (
+        lambda: layer.register_forward_hook(lambda *given: seen.append(given[0])),
+        lambda: layer.register_forward_pre_hook(lambda *given: seen.append(given[0])),
+        lambda: register_module_forward_hook(lambda *given: seen.append(given[0])),
+    ):
+        seen.clear()
+        calls.clear()
+        handle = register()
+        try:
+            assert_same(run(fused, x), want)
+        finally:
+            handle.remove()
+        assert layer in seen and not calls
+        assert_same(run(fused, x), want)
+        assert calls
+    calls.clear()
+    layer.forward = layer.forward
+    assert_same(run(fused, x), want)
+    assert not calls
+
+
+@EVERY_FORMAT
+def test_layers_count_as_they_are_now(format: str, calls: list[int]) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    name = "layers.0.conv1"
+    want = run(fused, x)
+    assert calls
+    other = copy.deepcopy(fused)
+    image: Any = other.get_submodule(name)
+    layer = image if format == "fp32" else image.layer
+
+    def differs_and_is_right() -> None:
+        got = run(other, x)
+        assert not torch.equal(got, want)
+        assert_same(got, one_by_one(other, x))
+        assert_same(run(fused, x), want)
+
+    layer.activate_with("gelu")
+    differs_and_is_right()
+    layer.activate_with("relu")
+    assert_same(run(other, x), want)
+    layer.bias = layer.bias + 1
+    differs_and_is_right()
+    layer.bias = layer.bias - 1
+    packed = layer.packed
+    layer.packed = packed.scaled(torch.full((packed.n,), 0.5))
+    differs_and_is_right()
+    layer.packed = packed
+    shifted = copy.deepcopy(image)
+    (shifted if format == "fp32" else shifted.layer).bias.add_(1)
+    other.set_submodule(name, shifted)
+    differs_and_is_right()
+    other.load_state_dict(fused.state_dict())
+    assert_same(run(other, x), want)
+    bias = f"{name}.{'' if format == 'fp32' else 'layer.'}bias"
+    with torch.no_grad():
+        got = torch.func.functional_call(other, {bias: layer.bias + 1}, (x,))
+    assert not torch.equal(got, want)
+    assert_same(run(other, x), want)
+
+
+def test_a_layer_of_another_kind_is_called_by_itself(calls: list[int]) -> None:
+    fused = fused_net(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), "fp32", images())
+    assert run(fused, images()).shape == (2, 8, 17, 17) and calls
+    calls.clear()
+    fused.set_submodule("1", gs.Conv2d.from_dense(nn.Conv2d(8, 8, 3), gs.Int8()))
+    assert run(fused, images()).shape == (2, 8, 17, 17)
+    fused.set_submodule("1", nn.Conv2d(8, 8, 3))
+    assert run(fused, images()).shape == (2, 8, 17, 17) and not calls
+
+
+# Floats.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_floats(dtype: torch.dtype, calls: list[int]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    fused, x = fused_net(net, "fp32", images()), images().to(dtype)
+    assert_same(run(fused, x), one_by_one(fused, x))
+    assert calls == [1] and run(fused, x).dtype == dtype
+
+
+def test_images_of_any_strides(calls: list[int]) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    fused, x = fused_net(net, "fp32", torch.randn(2, 4, 9, 9)), torch.randn(2, 4, 9, 9)
+    strided = torch.randn(2, 4, 9, 18)[..., ::2]
+    for image, form, chains in (
+        (x, torch.contiguous_format, 1),
+        (x.contiguous(memory_format=torch.channels_last), torch.channels_last, 1),
+        (strided, torch.contiguous_format, 0),
+        (x.transpose(2, 3), torch.contiguous_format, 0),
+    ):
+        calls.clear()
+        y = run(fused, image)
+        assert_same(y, one_by_one(fused, image))
+        assert y.is_contiguous(memory_format=form) and len(calls) == chains
+    assert run(fused, x[0]).shape == (8, 5, 5)
+
+
+def test_a_gradient_is_refused_as_by_a_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    fused = fused_net(net, "fp32", torch.randn(2, 4, 9, 9))
+    y = fused(torch.randn(2, 4, 9, 9, requires_grad=True))
+    with pytest.raises(RuntimeError, match="inference only"):
+        y.sum().backward()
+
+
+# Errors, compilers, and what the operator is told.
+
+
+@EVERY_FORMAT
+def test_an_error_is_that_of_the_layer(format: str) -> None:
+    x = images(1, 21)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 3))
+    fused = fused_net(net, format, x)
+    with pytest.raises(ValueError, match="smaller than"):
+        run(fused, images(1, 6))
+    with pytest.raises((ValueError, RuntimeError), match="channels"):
+        run(fused, torch.randn(1, 9, 21, 21))
+    assert_same(run(fused, x), one_by_one(fused, x))
+
+
+class Leaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@EVERY_FORMAT
+def test_compilers_and_tracers_see_layers(format: str, calls: list[int]) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    want = run(fused, x)
+    with torch.no_grad():
+        exported = torch.export.export(fused, (x,))
+        called = {str(node.target) for node in exported.graph.nodes}
+        assert not any("chain" in name for name in called)
+        assert_same(exported.module()(x), want)
+        assert_same(torch.compile(fused, backend="aot_eager", fullgraph=True)(x), want)
+    names = [str(node.target) for node in Leaves().trace(fused).nodes]
+    assert names == [str(node.target) for node in fused.graph.nodes]
+    assert "_chain" not in fused.code
+
+
+@EVERY_FORMAT
+def test_nothing_is_kept(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    given: list[Any] = []
+    own = ops.chain
+
+    def noted(values: list[Tensor], *more: Any) -> list[Tensor]:
+        given.extend(map(weakref.ref, values))
+        return own(values, *more)
+
+    monkeypatch.setattr(ops, "chain", noted)
+    result = weakref.ref(run(fused, x))
+    gc.collect()
+    assert given and not any(ref() is not None for ref in (*given, result))
+    run(fused, x)
+    buffers: list[Any] = list(fused.buffers())
+    counts = [b._use_count() for b in buffers]
+    for size in (32, 1, 32):
+        run(fused, images(1, size))
+    assert [b._use_count() for b in buffers] == counts
+
+
+def test_refusals_of_the_operator() -> None:
+    x: Any = torch.randn(1, 4, 5, 5)
+    weight: Any = torch.zeros(4)
+    for call, message in (
+        ([9], "no operator 9"),
+        ([-1], "no operator -1"),
+        ([6], "end before their arguments"),
+        ([6, 0, 2, 1], "end before their arguments"),
+        ([6, 4], "no value for argument 4"),
+        ([6, -5], "no value for argument -5"),
+        ([6, -1], "no value for argument -1"),
+        ([0, 1, 1], "no value for argument 1"),
+        ([0, 0, -2, -2], "more weights than there are"),
+        ([6, 0, *[2, 1, 1] * 4], "must be a blocked image"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.chain([x], [weight], call)
+        assert x._use_count() == weight._use_count() == 1, call
+    assert ops.chain([x], [weight], []) == []
