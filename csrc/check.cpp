@@ -63,8 +63,8 @@ int check_dtype(gossamer_dtype dtype, bool bytes) {
   return fail("dtype %d is unknown: use float32, bfloat16 or float16", int(dtype));
 }
 
-int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* y,
-          Layouts layouts) {
+int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* y, Layouts layouts,
+          bool depthwise) {
   if (!active_kernels()) return fail("%s", isa_error());
   if (!x || !y) return fail("x and y must not be NULL");
   if (n < 1 || k < 1)
@@ -93,7 +93,9 @@ int check(const gossamer_input* x, int64_t n, int64_t k, const gossamer_output* 
   }
   if (x->conv) {
     if (const int status = check_conv(*x->conv)) return status;
-    if (columns_of(*x->conv) != k) {
+    const bool own_channels = depthwise && is_depthwise(*x->conv, n, k) &&
+                              (x->dtype == GOSSAMER_UINT8 || x->conv->channels == n);
+    if (columns_of(*x->conv) != k && !own_channels) {
       return fail("the convolution has %lld columns, the weight k=%lld", Long(columns_of(*x->conv)),
                   Long(k));
     }

@@ -91,6 +91,24 @@ int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, const
   });
 }
 
+// Tiles of whole rows, and a panel of 16 channels a unit.
+int depthwise(const gossamer_input& x, const gossamer_int8& w, const gossamer_output& y,
+              gossamer_parallel_for parallel_for) {
+  const gossamer_conv& c = *x.conv;
+  const int64_t rows = std::min(c.out_h, std::max<int64_t>(1, kDepthwisePixels / c.out_w));
+  const DepthwiseRows shape = depthwise_rows(c, rows);
+  if (double(shape.rows) * double(shape.columns) * double(c.stride_w) > 0x1p28) {
+    return fail("depthwise windows that span %lld x %lld pixels are too large", Long(shape.rows),
+                Long(shape.columns * c.stride_w));
+  }
+  const Work work = work_of(x, rows * c.out_w, ceil_div(w.n, kPanel));
+  return convolve(x, y, w.n, work, double(w.n) * double(w.k), Even(),
+                  depthwise_scratch(c, w.k, rows * c.out_w), parallel_for,
+                  [&](const ImageTile& in, Range panels, const ImageDestination& to, void* own) {
+                    active_kernels()->conv_int8(in, w, panels, to, own);
+                  });
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -100,7 +118,8 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
                                   const gossamer_output* y, gossamer_parallel_for parallel_for) {
   if (!w) return fail("w must not be NULL");
   if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
-  if (const int status = check(x, w->n, w->k, y, Layouts::kAny)) return status;
+  if (const int status = check(x, w->n, w->k, y, Layouts::kAny, true)) return status;
+  if (is_depthwise(*x->conv, w->n, w->k)) return depthwise(*x, *w, *y, parallel_for);
   const int64_t panels = ceil_div(w->n, kPanel), pixels = dense_tile_pixels(*x->conv);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
   return convolve(*x, *y, w->n, work, double(w->n) * double(w->k), Even(),

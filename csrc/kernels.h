@@ -142,9 +142,16 @@ constexpr int64_t kNarrowLanes = 32;
 // Most pixels in a tile of a convolution, and more of them in a dense one, that fill no vector.
 constexpr int64_t kMaxPixels = 64;
 constexpr int64_t kRestPixels = 8;
+// About as many in whole rows of a depthwise one.
+constexpr int64_t kDepthwisePixels = 448;
 // Most in a tile of a sparse one, as many vectors as leave an entry's sums in registers: those of
 // nets for 224 x 224 pixels have a multiple of 7.
 constexpr int64_t sparse_pixels(int64_t lanes) { return lanes < 16 ? 56 : 112; }
+
+// Whether a weight of n outputs is one channel's taps for each: no other has so few columns.
+static inline bool is_depthwise(const gossamer_conv& c, int64_t n, int64_t k) {
+  return k == c.kernel_h * c.kernel_w && round_up(c.channels, 4) == round_up(n, 4);
+}
 
 // Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a
 // vector: 16 on the widest Isa.
@@ -167,6 +174,22 @@ static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
 // Of a tile of `pixels`: the panel, its lines rounded up to two, and the sums.
 static inline int64_t conv_int8_scratch(int64_t k, int64_t pixels) {
   return (round_up(ceil_div(k, 4), 2) + kPanel) * round_up(pixels, 16) * 4;
+}
+// What depthwise windows see of an image: rows, for each phase of the stride so many columns.
+struct DepthwiseRows {
+  int64_t rows, columns;
+};
+static inline DepthwiseRows depthwise_rows(const gossamer_conv& c, int64_t out_rows) {
+  const int64_t wide = (c.out_w - 1) * c.stride_w + (c.kernel_w - 1) * c.dilation_w + 1;
+  return {(out_rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1,
+          ceil_div(wide, c.stride_w)};
+}
+// Places of taps, sums of four channels, these rows, and a vector that is read behind them.
+static inline int64_t depthwise_scratch(const gossamer_conv& c, int64_t k, int64_t pixels) {
+  const DepthwiseRows shape = depthwise_rows(c, pixels / c.out_w);
+  return round_up(k, 8) * 8 +
+         (4 * round_up(pixels, 16) + round_up(shape.rows * shape.columns * c.stride_w, 16) + 16) *
+             4;
 }
 static inline int64_t conv_spmm_int8_scratch(int64_t n, int64_t k, int64_t pixels) {
   return (ceil_div(k, 4) + chunk_rows(n)) * round_up(pixels, 16) * 4;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.calibrate import OBSERVERS, observed, set_weight_, weight_matrix
-from gossamer.layers import conv_matrix
+from gossamer.geometry import conv_matrix
 
 
 def calibrated(model: nn.Module, *batches: Tensor, **options: Any) -> nn.Module:

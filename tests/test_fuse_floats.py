@@ -8,25 +8,34 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_nets import EVERY_STATIC, MobileNet, ResNet, images, lively, run, static
+from fused_nets import EVERY_STATIC, ResNet, images, lively, run, static
 from products import same_bits
 from torch import Tensor, nn
 
 import gossamer as gs
 
 
-def test_a_mobile_net_says_why() -> None:
-    for act, name in ((nn.ReLU6, "ReLU6"), (nn.Hardswish, "Hardswish")):
-        x = images(2, 16)
-        fused = gs.fuse(static(lively(MobileNet(act)), x), x)
-        rows = {row.name: row for row in fused.report}
-        assert rows["blocks.0.up.0"].fused == f"BatchNorm, {name}"
-        assert rows["blocks.0.up.0"].note == "gives fp32: blocks.0.middle.0 reads it so"
-        depthwise = rows["blocks.0.middle.0"]
-        assert depthwise.fused == "BatchNorm"
-        assert depthwise.note == "groups=32: grouped convolutions stay with torch"
-        assert rows["last"].fused == "hardswish" and rows["last"].gives == "int8"
-        assert "mean_image" in rows
+class Grouped(nn.Module):
+    """A ShuffleNet's kind of convolution between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.middle, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(F.relu6(self.norm(self.middle(F.relu6(self.up(x))))))
+        return y.mean([2, 3])
+
+
+def test_a_grouped_convolution_says_why() -> None:
+    x = images(2, 16)
+    fused = gs.fuse(static(lively(Grouped()), x), x)
+    rows = {row.name: row for row in fused.report}
+    assert rows["up"].note == "gives fp32: middle reads it so"
+    assert rows["middle"].fused == "BatchNorm"
+    assert rows["middle"].note == "groups=2: grouped convolutions stay with torch"
+    assert rows["last"].gives == "int8" and "mean_image" in rows
 
 
 def test_padding_that_is_not_zeros_is_for_floats() -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gossamer as gs
 from gossamer import ops, reference
+from gossamer.geometry import conv_matrix
 from gossamer.packed import pack
 from gossamer.packed.index import Index, entry_places
 from gossamer.packed.trainable import PackedTrainableSparse
@@ -42,7 +43,7 @@ def prune(module: Any, density: float = 0.3) -> Any:
 
 
 def at_entries(layer: Any, dense: Tensor) -> Tensor:
-    matrix = dense if dense.dim() == 2 else gs.layers.conv_matrix(dense)
+    matrix = dense if dense.dim() == 2 else conv_matrix(dense)
     return matrix[places(layer.packed)]
 
 

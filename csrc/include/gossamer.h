@@ -146,7 +146,9 @@ GOSSAMER_API int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w
 GOSSAMER_API int gossamer_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
 
-/* Convolutions of gossamer_gemm_int8 and gossamer_spmm_int8, which call them for x->conv. */
+/* Convolutions of gossamer_gemm_int8 and gossamer_spmm_int8, which call them for x->conv. Where the
+ * k of dense weights is kernel_h * kernel_w, output o reads channel o alone: a depthwise convolution
+ * of n channels. */
 GOSSAMER_API int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* w,
                                     const gossamer_output* y, gossamer_parallel_for parallel_for);
 GOSSAMER_API int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_sparse_int8* w,

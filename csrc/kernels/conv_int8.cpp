@@ -19,8 +19,9 @@
 // 7 and 14 x 14 pixels: 3 and 12 vectors and 1 and 4 pixels; 5 to 20 % of such layers); more are a
 // vector, of which those past the last are not written. Outputs past n have weights of 0.
 // Numerics: exact in int32 for k <= 65536.
+// Where each output reads its own channel: depthwise.h.
 
-#include "pixels.h"
+#include "depthwise.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
@@ -115,6 +116,7 @@ void outputs_of(const int32_t* panel, int64_t width, int64_t pixels, int64_t col
 
 void conv_int8(const ImageTile& x, const gossamer_int8& w, Range panels, const ImageDestination& to,
                void* scratch) {
+  if (is_depthwise(x.conv, w.n, w.k)) return depthwise(x, w, panels, to, scratch);
   const int64_t width = width_of(x.pixels), filled = ceil_div(w.k, 4),
                 columns = round_up(filled, 2);
   auto* panel = static_cast<int32_t*>(scratch);

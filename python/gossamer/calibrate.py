@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .geometry import conv_matrix, conv_rows, conv_weight
+from .geometry import conv_rows, conv_weight, is_depthwise, weight_matrix
 from .layers import Conv2d, Linear, unsupported
 from .observed import Observed, observed
 from .timing import unfused
@@ -41,9 +41,10 @@ def calibrate(
 ) -> Iterator[None]:
     """Observes the inputs of the model's layers while the body of the `with` runs it.
 
-    Every nn.Linear, and nn.Conv2d with groups=1, that runs gets an `Observed` when the body ends,
-    in the place of an earlier one; `observed(module)` reads it. It is a plain attribute: no part of
-    the state_dict, kept by copy.deepcopy. An error in the body leaves the modules as they were.
+    Every nn.Linear, and nn.Conv2d with groups=1 or depthwise, that runs gets an `Observed` when the
+    body ends, in the place of an earlier one; `observed(module)` reads it. It is a plain attribute:
+    no part of the state_dict, kept by copy.deepcopy. An error in the body leaves the modules as
+    they were.
 
     Args:
         model: dense, in eval mode if it has dropout or batch norm.
@@ -80,9 +81,9 @@ def calibrate(
     if not layers:
         raise ValueError(
             f"nothing to calibrate: {type(model).__name__} has no nn.Linear and no nn.Conv2d with "
-            "groups=1 (calibrate before compress_)"
+            "groups=1, nor a depthwise one (calibrate before compress_)"
         )
-    watches = {name: _Watch(name, hessian) for name in layers}
+    watches = {name: _Watch(name, module, hessian) for name, module in layers.items()}
     with contextlib.ExitStack() as stack:
         for name, module in layers.items():
             handle = module.register_forward_pre_hook(watches[name], with_kwargs=True)
@@ -160,12 +161,14 @@ class _Histogram:
 class _Watch:
     """The pre-hook of one layer: sums over the rows that it has seen."""
 
-    def __init__(self, name: str, hessian: bool) -> None:
+    def __init__(self, name: str, module: Any, hessian: bool) -> None:
         self.name, self.rows = name, 0
+        depthwise = isinstance(module, nn.Conv2d) and is_depthwise(module)
+        self.channels = module.in_channels if depthwise else 0
         self.histogram = _Histogram()
         self.sum, self.square, self.absmax = (torch.zeros((), dtype=torch.float64),) * 3
         self.hessian: Tensor | None = None
-        self.wants_hessian = hessian
+        self.wants_hessian = hessian and not depthwise
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = (args[0] if args else kwargs["input"]).detach().float()
@@ -192,13 +195,20 @@ class _Watch:
         low, high = self.histogram.range(observer, percentile)
         return Observed(
             rows=self.rows,
-            mean=(self.sum / self.rows).float(),
-            square=(self.square / self.rows).float(),
-            absmax=self.absmax.float(),
+            mean=self._inputs(self.sum / self.rows),
+            square=self._inputs(self.square / self.rows),
+            absmax=self._inputs(self.absmax),
             low=low,
             high=high,
             hessian=None if self.hessian is None else self.hessian / self.rows,
         )
+
+    def _inputs(self, columns: Tensor) -> Tensor:
+        """(k) of all outputs; of a depthwise convolution (n, k), each channel's own."""
+        if self.channels:
+            wide = -(-self.channels // 4) * 4
+            columns = columns.view(-1, wide)[:, : self.channels].T.contiguous()
+        return columns.float()
 
 
 def correct_bias_(layer: Linear | Conv2d, module: nn.Module) -> bool:
@@ -216,17 +226,12 @@ def correct_bias_(layer: Linear | Conv2d, module: nn.Module) -> bool:
     seen = observed(module)
     if seen is None:
         return False
-    shift = (weight_matrix(module).float() - layer.packed.unpack()) @ seen.mean
+    lost = weight_matrix(module).float() - layer.packed.unpack()
+    shift = lost @ seen.mean if seen.mean.dim() == 1 else (lost * seen.mean).sum(1)
     if not shift.any():
         return False
     layer.bias = shift if layer.bias is None else layer.bias + shift
     return True
-
-
-def weight_matrix(module: nn.Module) -> Tensor:
-    """The (n, k) matrix that the layer packs: a Linear's weight, or `layers.conv_matrix` of it."""
-    weight: Any = module.weight
-    return conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight.detach()
 
 
 @torch.no_grad()

@@ -83,10 +83,26 @@ def conv_rows(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return ops.im2col(pad_outside(batched, outside, conv.padding_mode), [*numbers, 1])
 
 
-def conv_matrix(weight: Tensor) -> Tensor:
-    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros."""
+def is_depthwise(conv: Any) -> bool:
+    """Whether each output of a convolution reads one channel, and each channel is read by one."""
+    return bool(conv.in_channels == conv.out_channels == conv.groups > 1)
+
+
+def conv_matrix(weight: Tensor, depthwise: bool = False) -> Tensor:
+    """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros.
+
+    depthwise: -> (out, kh * kw), in which nothing is padded.
+    """
     taps = weight.detach().permute(0, 2, 3, 1)
-    return nn.functional.pad(taps, (0, -weight.shape[1] % 4)).flatten(1)
+    return nn.functional.pad(taps, (0, 0 if depthwise else -weight.shape[1] % 4)).flatten(1)
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The (n, k) matrix that a layer packs: a Linear's weight, or `conv_matrix` of it."""
+    weight: Any = module.weight
+    if isinstance(module, nn.Conv2d):
+        return conv_matrix(weight, is_depthwise(module))
+    return weight.detach()
 
 
 def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:

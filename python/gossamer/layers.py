@@ -14,15 +14,16 @@ from gossamer.formats import Format
 from gossamer.geometry import (
     PAD_MODES,
     conv_geometry,
-    conv_matrix,
     conv_weight,
+    is_depthwise,
     least_size,
     pad_outside,
     pair,
     too_small,
+    weight_matrix,
 )
 from gossamer.observed import frozen, input_range
-from gossamer.packed import Packed, pack
+from gossamer.packed import Packed, pack, packs_depthwise
 
 
 def keep_rounded(module: nn.Module, packed: Packed) -> None:
@@ -42,8 +43,7 @@ def pack_dense(module: nn.Module, format: Format) -> Packed:
     Raises:
         ValueError: as `input_range` and `pack`.
     """
-    weight: Any = module.weight
-    matrix = conv_matrix(weight) if isinstance(module, nn.Conv2d) else weight.detach()
+    matrix = weight_matrix(module)
     kept: Any = vars(module).get("_gossamer_rounded")
     trained, x_range = frozen(module), input_range(module, format)
     mine = isinstance(kept, Packed) and kept.format == format
@@ -199,10 +199,11 @@ def _fill(dense: nn.Linear | nn.Conv2d, layer: Linear | Conv2d) -> None:
 
 
 class Conv2d(_Layer):
-    """y = activation(conv2d(x, w) + bias), a drop-in for `nn.Conv2d` with groups=1 at inference.
+    """y = activation(conv2d(x, w) + bias), a drop-in for `nn.Conv2d` at inference.
 
     The weight is packed as a matrix (out_channels, kernel_h * kernel_w * channels up to 4),
-    channels innermost, so that a block of four inputs is four channels at one tap.
+    channels innermost, so that a block of four inputs is four channels at one tap; of a depthwise
+    convolution as (channels, kernel_h * kernel_w).
 
     Args:
         packed: that matrix.
@@ -210,6 +211,7 @@ class Conv2d(_Layer):
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in
             `nn.Conv2d`.
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
+        groups: 1, or in_channels = out_channels, which static int8 has kernels for.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
     float32, bfloat16 or float16; the result has its dtype and layout. The others: see Linear.
@@ -230,9 +232,13 @@ class Conv2d(_Layer):
         dilation: tuple[int, int] = (1, 1),
         padding_mode: str = "zeros",
         activation: str = "none",
+        groups: int = 1,
     ) -> None:
         super().__init__(packed, bias, activation)
-        columns = kernel_size[0] * kernel_size[1] * -(-in_channels // 4) * 4
+        if groups != 1 and not in_channels == out_channels == groups:
+            raise ValueError(f"groups={groups}: only 1 and depthwise convolutions can be packed")
+        wide = 1 if groups > 1 else -(-in_channels // 4) * 4
+        columns = kernel_size[0] * kernel_size[1] * wide
         if (packed.n, packed.k) != (out_channels, columns):
             raise ValueError(
                 f"the packed weight is {packed.n} x {packed.k}, this convolution needs "
@@ -242,7 +248,7 @@ class Conv2d(_Layer):
             raise ValueError(
                 f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(PAD_MODES)}"
             )
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         packed.bind(kernel_size[0] * kernel_size[1], in_channels)
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
@@ -260,9 +266,9 @@ class Conv2d(_Layer):
         """Packs a dense convolution; `packed` reuses a weight packed before (a shared one).
 
         Raises:
-            ValueError: if `unsupported(module)` has a reason.
+            ValueError: if `unsupported(module, format)` has a reason.
         """
-        reason = unsupported(module)
+        reason = unsupported(module, format)
         if reason:
             raise ValueError(reason)
         packed = packed or pack_dense(module, format)
@@ -278,6 +284,7 @@ class Conv2d(_Layer):
             pair(module.dilation),
             module.padding_mode,
             activation,
+            module.groups,
         )
 
     def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
@@ -338,7 +345,7 @@ class Conv2d(_Layer):
 
     def unpack(self) -> Tensor:
         """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""
-        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return conv_weight(self.packed.unpack(), shape)
 
     def to_dense(self) -> nn.Conv2d:
@@ -350,6 +357,7 @@ class Conv2d(_Layer):
             self.stride,
             self.padding,
             self.dilation,
+            self.groups,
             bias=self.bias is not None,
             padding_mode=self.padding_mode,  # type: ignore[arg-type]
         )
@@ -367,6 +375,7 @@ class Conv2d(_Layer):
             "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
             "dilation": list(self.dilation),
             "padding_mode": self.padding_mode,
+            **({"groups": self.groups} if self.groups > 1 else {}),
             "bias": self.bias is not None,
             "activation": self.activation,
         }
@@ -378,10 +387,14 @@ class Conv2d(_Layer):
 LAYERS: dict[type[nn.Module], type[Linear] | type[Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 
 
-def unsupported(module: nn.Module) -> str | None:
-    """Why a dense module cannot be packed, or None if it can."""
+def unsupported(module: nn.Module, format: Format | None = None) -> str | None:
+    """Why a dense module cannot be packed (to that format), or None if it can."""
     if type(module) not in LAYERS:
         return f"{type(module).__name__} is not exactly nn.Linear or nn.Conv2d"
-    if isinstance(module, nn.Conv2d) and module.groups != 1:
+    if not isinstance(module, nn.Conv2d) or module.groups == 1:
+        return None
+    if not is_depthwise(module):
         return f"groups={module.groups}: grouped convolutions stay with torch"
-    return None
+    if format is None or packs_depthwise(format):
+        return None
+    return f"groups={module.groups}: depthwise convolutions are for Int8(activations='static')"

@@ -15,7 +15,8 @@ class Observed:
     """Statistics of the rows x that a layer multiplied while it was calibrated.
 
     k is the width of the matrix that the layer packs: nn.Linear has in_features, nn.Conv2d the
-    columns of `layers.conv_matrix`, (kh * kw * channels up to 4), and a row for each output pixel.
+    columns of `conv_matrix`, (kh * kw * channels up to 4), and a row for each output pixel. Of a
+    depthwise convolution each output has inputs of its own: (n, k) in the place of (k).
 
     Attributes:
         rows: how many there were.
@@ -23,7 +24,7 @@ class Observed:
         square: (k) float32, the mean of x^2.
         absmax: (k) float32, the largest |x|.
         low, high: low <= 0 <= high, the range for static quantization, of the whole tensor.
-        hessian: (k, k) float32, the mean of x x^T; None unless it was asked for.
+        hessian: (k, k) float32, the mean of x x^T; None unless it was asked for, or depthwise.
     """
 
     rows: int

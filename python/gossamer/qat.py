@@ -84,7 +84,7 @@ class QatConv2d(nn.Conv2d):
         _, _, sh, sw, dh, dw, top, bottom, left, right = conv_geometry(self)[1]
         # Torch knows no uneven padding.
         padded = nn.functional.pad(x, (left, right, top, bottom))
-        tail = ([sh, sw], [0, 0], [dh, dw], False, [0, 0], 1, [*wanted[:2], False])
+        tail = ([sh, sw], [0, 0], [dh, dw], False, [0, 0], self.groups, [*wanted[:2], False])
         wide, dweight, _ = torch.ops.aten.convolution_backward(dy, padded, weight, None, *tail)
         dx = wide[..., top : top + x.shape[2], left : left + x.shape[3]] if wanted[0] else None
         return dx, dweight, dy.sum((0, 2, 3)) if wanted[2] else None

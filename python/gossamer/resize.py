@@ -58,7 +58,7 @@ _DENSE: dict[type[nn.Module], type[nn.Module]] = {packed: dense for dense, packe
 def sizes_of(module: nn.Module) -> Sizes:
     """The sizes of a module whose type is in RESIZABLE, or of a packed layer of such a type."""
     attributes, _ = RESIZABLE[_DENSE.get(type(module), type(module))]
-    return {name: getattr(module, name, 1) for name in attributes}  # gs.Conv2d has no groups
+    return {name: getattr(module, name) for name in attributes}
 
 
 def mark(module: nn.Module, before: Sizes) -> None:

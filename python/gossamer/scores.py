@@ -111,7 +111,7 @@ def _relative(size: Tensor) -> Tensor:
 def _input_square(name: str, module: Prunable) -> Tensor:
     """E[x^2] of each weight's input, to be multiplied with the weight."""
     square = _observed(name, module, "wanda").square.to(module.weight.device)
-    return _as_weight(square[None], module.weight.shape)
+    return _as_weight(torch.atleast_2d(square), module.weight.shape)
 
 
 def _observed(name: str, module: Prunable, score: str) -> Observed:
@@ -146,7 +146,7 @@ def reconstruct_(
     if hessian is None:
         raise ValueError(
             f"layer {name!r} was observed without its Hessian, which score='sparsegpt' needs: "
-            "gs.calibrate(model, hessian=True)"
+            "gs.calibrate(model, hessian=True), and exclude depthwise convolutions, which have none"
         )
     matrix = weight_matrix(module)
     kept = conv_matrix(mask) if mask.dim() == 4 else mask

@@ -228,6 +228,7 @@ int main() try {
   check_contracts();
   std::mt19937 random(1);
   const int64_t shapes = check_shapes(random), convolutions = check_convolutions(random);
+  check_depthwise(backwards, random);
   check_damaged_indices(random);
   check_threads(random);
   std::printf("%lld shapes and %lld convolutions, int8 bits %016llx, on", (long long)shapes,

@@ -118,6 +118,8 @@ void check_gradient(const Product& product, gossamer_parallel_for parallel_for,
                     std::mt19937& random);
 // images.cpp: blocked images; the bytes of all results.
 std::vector<uint8_t> check_images(const Product& product, gossamer_parallel_for parallel_for);
+// depthwise.cpp: convolutions of which each output reads one channel.
+void check_depthwise(gossamer_parallel_for parallel_for, std::mt19937& random);
 // damage.cpp: an index with random damage is refused, or harmless.
 void check_damaged_indices(std::mt19937& random);
 // threads.cpp: how threads share a product.

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from gossamer.compress import format_name
-from gossamer.layers import Conv2d, Linear
+from gossamer.layers import Conv2d, Linear, unsupported
 from gossamer.report import Report
 
 from .graph import own_layer, seen
@@ -105,7 +105,7 @@ def _runs(node: fx.Node, module: nn.Module | None) -> str:
 def _why_not(node: fx.Node, module: nn.Module | None) -> str:
     """What a reader of the table would ask of a node that runs in floats."""
     if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return f"groups={module.groups}: grouped convolutions stay with torch"
+        return unsupported(module) or "depthwise: Int8(activations='static') would keep 8 bits"
     if isinstance(module, Conv2d) and module.packed.static:
         if not module.takes_images:
             return f"padding_mode={module.padding_mode!r} pads floats"

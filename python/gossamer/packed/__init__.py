@@ -31,6 +31,7 @@ __all__ = [
     "affine_of",
     "pack",
     "packed_from_buffers",
+    "packs_depthwise",
     "quantize_lanes",
     "range_of",
 ]
@@ -50,6 +51,12 @@ def _packed_type(format: Format) -> type[Packed]:
             f"unknown format {format!r}: use gs.Int8(), gs.Int4(), gs.Sparse() or gs.SparseInt8()"
         )
     return types[type(format)]
+
+
+def packs_depthwise(format: Format) -> bool:
+    """Whether there are kernels for depthwise convolutions of that format."""
+    cls = _packed_type(format)
+    return cls.depthwise and "x_affine" in cls.buffers_of(format)
 
 
 def pack(

@@ -41,6 +41,7 @@ class Packed(nn.Module):
         kernel: name of the operator that multiplies it.
         trainable: gradients flow through `multiply`, to x, to the weight and to the bias.
         convolves: blocked images too, where the format is static.
+        depthwise: (channels, taps) of a depthwise convolution, where the format is static.
         adds: `multiply` takes a residual.
         BUFFERS: names and dtypes, in the order in which the operator takes them.
     """
@@ -48,6 +49,7 @@ class Packed(nn.Module):
     kernel: str
     trainable = False
     convolves = False
+    depthwise = False
     adds = False
     BUFFERS: ClassVar[dict[str, torch.dtype]]
 

@@ -105,6 +105,7 @@ class PackedInt8(_Int8Panels):
 
     kernel = "gemm_int8"
     convolves = True
+    depthwise = True
     BUFFERS: ClassVar = {"panels": torch.int8, "scale": torch.float32, "wsum": torch.int32}
 
     def _validate(self) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import depthwise
 from .blocked import blocked_result, bytes_in, turned, words_of
 from .gemm_int8 import _gemm_int8, by_rows
 from .operands import launch, programs
@@ -45,8 +46,11 @@ def conv_int8(
     conv: list[int],
 ) -> Tensor:
     """See `gossamer.ops.conv_int8`."""
-    rows, x_scale, x_zero, sharing = turned(q, x_affine, k, conv)
     n, w = scale.shape[0], by_rows(panels)
+    if depthwise.is_depthwise(k, conv):
+        images = (y_affine, residual, residual_affine, activation, conv)
+        return depthwise.conv_int8(q, w[:n, :k], scale, x_affine, bias, *images)
+    rows, x_scale, x_zero, sharing = turned(q, x_affine, k, conv)
     result = blocked_result(q, n, rows, residual, residual_affine)
     other = (None, None) if residual is None else (words_of(residual), residual_affine)
     if result.y.numel():

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import depthwise
 from .blocked import put_words
 from .epilogue import dequantize, finish
 from .operands import corner, dense_step, launch, programs, put, result_of, way_to
@@ -85,8 +86,10 @@ def gemm_int8(
     conv: list[int] | None,
 ) -> Tensor:
     """See `gossamer.ops.gemm_int8`."""
-    rows, x_scale, x_zero, sharing = quantized(x, x_affine, conv)
     n, w = scale.shape[0], by_rows(panels)
+    if conv is not None and depthwise.is_depthwise(k, conv):
+        return depthwise.gemm_int8(x, w[:n, :k], scale, x_affine, bias, activation, conv)
+    rows, x_scale, x_zero, sharing = quantized(x, x_affine, conv)
     result = result_of(x, n, rows, conv)
     if result.y.numel():
         tile = choose(TILES, rows.m, n, chip(x.device), 1, 1)

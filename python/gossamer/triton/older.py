@@ -15,6 +15,7 @@ from gossamer import reference
 from gossamer.ops import ACTIVATIONS
 from gossamer.packed.int4 import VALUES
 
+from .depthwise import is_depthwise
 from .gemm_int8 import by_rows
 from .unblock import DTYPES as FLOATS
 
@@ -39,9 +40,11 @@ def _product(
         y = F.linear(x, weight, bias)
     else:
         kernel, top, bottom, left, right = conv[:2], *conv[6:10]
+        groups = len(weight) if is_depthwise(weight.shape[1], conv) else 1
+        x = x[:, :groups] if groups > 1 else x
         taps = weight.unflatten(1, (*kernel, -1))[..., : x.shape[1]].permute(0, 3, 1, 2)
         padded = F.pad(x, (left, right, top, bottom))
-        y = F.conv2d(padded, taps, bias, conv[2:4], 0, conv[4:6])
+        y = F.conv2d(padded, taps, bias, conv[2:4], 0, conv[4:6], groups)
         y = y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
     return reference.activate(y, ACTIVATIONS[activation])
 
