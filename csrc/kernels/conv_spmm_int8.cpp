@@ -103,8 +103,7 @@ void conv_spmm_int8(const ImageTile& x, const gossamer_sparse_int8& w, Range chu
   auto* panel = static_cast<int32_t*>(scratch);
   int32_t* sums = panel + columns * width;
   gather(x, panel);
-  const bool direct = to.blocked && columns <= kBlockWords &&
-                      (to.to.activation == GOSSAMER_NONE || to.to.activation == GOSSAMER_RELU);
+  const bool direct = to.blocked && columns <= kBlockWords && is_clamping(to.to.activation);
   const Epilogue finish{x, w.scale, w.wsum, w.index.n, to};
   by_count<kSparseVectors>(width / kLanes, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;

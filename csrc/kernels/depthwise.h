@@ -9,7 +9,8 @@
 //
 // A tile is whole rows of the output. Its pixels fill the lanes: a tap is an offset in `rows`, so that
 // each word is copied once, and not once a tap. A pixel's word holds four channels under one tap; what
-// dot() multiplies are four taps of one channel: a transpose of four by four bytes in each lane.
+// dot() multiplies are four taps of one channel: a transpose of four by four bytes in each lane. The
+// squares of odd numbers leave one tap, which multiplies by itself.
 //
 // Registers: 4 sums, 8 words of pixels, 2 weights.
 // Tails: a row's last vector is stored over by the next row; channels past the last are computed and
@@ -33,16 +34,14 @@ class Rows {
         words_(words) {}
 
   void fill(const int32_t* plane) {
-    int32_t* to = words_;
-    for (int64_t r = 0; r < shape_.rows; ++r) {
-      const int64_t y = top_ + r;
-      const bool inside = y >= 0 && y < conv_.height;
-      for (int64_t p = 0; p < conv_.stride_w; ++p, to += shape_.columns) {
-        // The first column that is inside of the image, and the first behind it.
-        const int64_t before = conv_.pad_left - p, after = conv_.width + before;
-        const int64_t begin = before > 0 ? up_to(ceil_div(before, conv_.stride_w)) : 0;
-        const int64_t end = inside && after > 0 ? up_to(ceil_div(after, conv_.stride_w)) : 0;
-        if (end <= begin) {
+    for (int64_t p = 0; p < conv_.stride_w; ++p) {
+      // The first column that is inside of the image, and the first behind it.
+      const int64_t before = conv_.pad_left - p, after = conv_.width + before;
+      const int64_t begin = before > 0 ? up_to(ceil_div(before, conv_.stride_w)) : 0;
+      const int64_t end = after > 0 ? up_to(ceil_div(after, conv_.stride_w)) : 0;
+      int32_t* to = words_ + p * shape_.columns;
+      for (int64_t r = 0, y = top_; r < shape_.rows; ++r, ++y, to += line()) {
+        if (y < 0 || y >= conv_.height || end <= begin) {
           pad(to, shape_.columns);
           continue;
         }
@@ -107,7 +106,7 @@ static inline void depthwise_row(const int32_t* row, const int64_t* offsets, int
     I32 sum[4] = {set(0), set(0), set(0), set(0)};
     const int8_t* w = weights;
 #pragma GCC unroll 4
-    for (int64_t t = 0; t < taps; t += 8, w += 8 * kPanel) {
+    for (int64_t t = 0; t < taps - 1; t += 8, w += 8 * kPanel) {
       I32 first[4], second[4];
       load_taps(row + x, offsets + t, taps - t, first);
       load_taps(row + x, offsets + t + 4, taps - t - 4, second);
@@ -116,6 +115,12 @@ static inline void depthwise_row(const int32_t* row, const int64_t* offsets, int
         sum[o] =
             dot(sum[o], first[o], set_word(w + 4 * o), second[o], set_word(w + 4 * kPanel + 4 * o));
       }
+    }
+    if (taps % 8 == 1) {
+      const I32 words = load(row + x + offsets[taps - 1]);
+#pragma GCC unroll 4
+      for (int o = 0; o < 4; ++o)
+        sum[o] = add(sum[o], mul(unsigned_byte(words, o), set(int32_t{w[4 * o]})));
     }
     const int left = lanes_left(most, x);
 #pragma GCC unroll 4

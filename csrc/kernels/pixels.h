@@ -130,8 +130,8 @@ struct Output {
 };
 
 // Floats of one output to integers that pack_bytes, with `zero` and `least`, makes bytes of a blocked
-// image. kResidual: adds bytes of another one first. kClamped: no activation, or ReLU, which is a
-// bound of the clamping that follows anyway: a scale is positive.
+// image. kResidual: adds bytes of another one first. kClamped: no activation, or one that is a bound or
+// two of the clamping that follows anyway: a scale is positive, and rounding keeps the order.
 template <bool kResidual, bool kClamped>
 struct Requantize {
   Quantize quantize;
@@ -143,20 +143,27 @@ struct Requantize {
   Requantize(const gossamer_blocked& y, gossamer_activation its_activation)
       : quantize({y.scale, y.zero}),
         zero(set_twice(y.zero)),
-        least(set_twice(kClamped && its_activation == GOSSAMER_RELU ? y.zero : 0)),
+        least(set_twice(kClamped && its_activation != GOSSAMER_NONE ? y.zero : 0)),
         residual_scale(set(y.residual_scale)),
         residual_zero(set(y.residual_zero)),
-        activation(its_activation) {}
+        activation(its_activation) {
+    if (kClamped && activation == GOSSAMER_RELU6)
+      quantize.last = min(quantize.last, mul(set(6.0f), quantize.factor));
+  }
   I32 operator()(F32 value, I32 residual) const {
     if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
     return quantize.bounded_above(kClamped ? value : activate(value, activation));
   }
 };
 
+static inline bool is_clamping(gossamer_activation a) {
+  return a == GOSSAMER_NONE || a == GOSSAMER_RELU || a == GOSSAMER_RELU6;
+}
+
 // Calls body(kResidual, kClamped) with what a blocked result asks for, as types.
 template <typename Body>
 static inline void by_result(const gossamer_blocked& y, gossamer_activation activation, Body body) {
-  if (activation == GOSSAMER_NONE || activation == GOSSAMER_RELU) {
+  if (is_clamping(activation)) {
     y.residual ? body(Int<1>(), Int<1>()) : body(Int<0>(), Int<1>());
   } else {
     y.residual ? body(Int<1>(), Int<0>()) : body(Int<0>(), Int<0>());
