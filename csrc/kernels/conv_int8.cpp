@@ -31,16 +31,17 @@ constexpr int64_t kColumns = 256;
 // Up to so many pixels are dearer as a vector than one by one.
 constexpr int kConvRest = kLanes / 2;
 
-// sums[4][width] += the columns' words x their weights, for V vectors of pixels. Unrolled by name:
-// else gcc 12 may keep the sums in memory (avx2: 1.25 times as long).
-template <int V>
+// sums[4][width] += the columns' words x their weights, for V vectors of pixels; kFirst: = instead.
+// Unrolled by name: else gcc 12 may keep the sums in memory (avx2: 1.25 times as long).
+template <int V, bool kFirst>
 void quad(const int32_t* panel, int64_t width, int64_t columns, const int8_t* weights,
           int32_t* sums) {
   I32 sum[4][V];
 #pragma GCC unroll 4
   for (int o = 0; o < 4; ++o) {
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[o][v] = load(sums + o * width + v * kLanes);
+    for (int v = 0; v < V; ++v)
+      sum[o][v] = kFirst ? set(int32_t{0}) : load(sums + o * width + v * kLanes);
   }
   for (int64_t c = 0; c < columns; c += 2, panel += 2 * width, weights += 8 * kPanel) {
     I32 x0[V], x1[V];
@@ -94,15 +95,16 @@ void outputs_of(const int32_t* panel, int64_t width, int64_t pixels, int64_t col
                 const int8_t* weights, int32_t* sums) {
   const int64_t left = pixels % kLanes, few = left <= kConvRest ? left : 0;
   const int64_t whole = few ? pixels - few : width;
-  memset(sums, 0, static_cast<size_t>(kPanel * width) * 4);
   for (int64_t c = 0; c < columns; c += kColumns) {
     const int64_t count = columns - c < kColumns ? columns - c : kColumns;
     for (int64_t p = 0; p < whole; p += kConvVectors * kLanes) {
       by_count<kConvVectors>(
           whole - p < kConvVectors * kLanes ? (whole - p) / kLanes : kConvVectors, [&](auto v) {
+            constexpr int V = decltype(v)::value;
+            const auto add = c == 0 ? quad<V, true> : quad<V, false>;
             for (int o = 0; o < kPanel; o += 4) {
-              quad<decltype(v)::value>(panel + c * width + p, width, count,
-                                       weights + (c * kPanel + o) * 4, sums + o * width + p);
+              add(panel + c * width + p, width, count, weights + (c * kPanel + o) * 4,
+                  sums + o * width + p);
             }
           });
     }
