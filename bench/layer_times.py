@@ -61,6 +61,7 @@ def _describe(node: fx.Node, shape: tuple[int, ...]) -> tuple[str, float]:
     weight = layer.weight if isinstance(layer, nn.Conv2d) else layer.unpack()
     kernel, stride = layer.kernel_size[0], layer.stride[0]
     residual = " + residual" if len(node.args) > 1 else ""
-    name = f"{kernel}x{kernel}" + f" / {stride}" * (stride > 1)
+    depthwise = "depthwise " * (layer.groups > 1)
+    name = f"{depthwise}{kernel}x{kernel}" + f" / {stride}" * (stride > 1)
     name += f", {layer.in_channels} -> {layer.out_channels}, {shape[2]} x {shape[3]}{residual}"
     return name, 2.0 * pixels * float(weight.count_nonzero())

@@ -141,6 +141,26 @@ def resnet(figures: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+MOBILENET = {
+    **{name: RESNET[name] for name in RESNET if name.startswith(("torch", "onnx", "openvino"))},
+    "int8": "`Int8` static, fused",
+    "int8, depthwise in fp32": "the same, depthwise convolutions left to torch",
+}
+
+
+def mobilenet(figures: dict[str, Any]) -> list[list[str]]:
+    """A row a net, its time at each batch."""
+    rows = [["MobileNetV2, 224 x 224", *(f"batch {batch}" for batch in figures["ms"])]]
+    for name, title in MOBILENET.items():
+        cells = []
+        for ms in figures["ms"].values():
+            better = min(ms[layout] for layout in MOBILENET if layout.startswith("torch"))
+            if name in ms:
+                cells.append(f"{ms[name]:.3g} ms ({better / ms[name]:.1f}x)")
+        rows += [[title, *cells]] if cells else []
+    return rows
+
+
 def fashion_resnet(figures: dict[str, Any]) -> list[list[str]]:
     """What int8 costs a small ResNet."""
     fp32 = figures["rows"]["fp32"]["accuracy"]
@@ -157,6 +177,7 @@ TABLES = {
     "minilm_distil.json": distilled,
     "fashion_resnet.json": fashion_resnet,
     "resnet.json": resnet,
+    "mobilenet.json": mobilenet,
     "results.json": layers,
     "training.json": training,
     "minilm.json": minilm,

@@ -256,6 +256,14 @@ def markdown(figures: dict[str, Any]) -> str:
     """resnet.md."""
     lines = [*heading("ResNet-50", figures["machine"]), ""]
     lines += ["Milliseconds a batch, and times faster than the better layout of torch fp32.", ""]
+    lines += [time_table(figures), "", "## Bars", "", verdicts(figures["bars"])]
+    for name, layers in figures["layers"].items():
+        lines += ["", f"## Where the time goes: {name}, batch 1", "", layer_table(layers)]
+    return "\n".join(lines) + "\n"
+
+
+def time_table(figures: dict[str, Any]) -> str:
+    """A row a name: milliseconds of each batch, how often as fast as torch, and the cosine."""
     headers = ["", *(f">{text}" for batch in BATCHES for text in (f"batch {batch}", ""))]
     rows = []
     for name in figures["ms"]["1"]:
@@ -265,11 +273,7 @@ def markdown(figures: dict[str, Any]) -> str:
             cells += [f"{ms[name]:.3g} ms", f"{min(ms[n] for n in TORCH) / ms[name]:.2f}x"]
         cosine = figures["cosine"].get(name.removesuffix(", two threads"))
         rows.append([name, *cells, f"{cosine:.4f}" if cosine else ""])
-    lines += [render([*headers, ">cosine of logits"], rows), "", "## Bars", ""]
-    lines += [verdicts(figures["bars"])]
-    for name, layers in figures["layers"].items():
-        lines += ["", f"## Where the time goes: {name}, batch 1", "", layer_table(layers)]
-    return "\n".join(lines) + "\n"
+    return render([*headers, ">cosine of logits"], rows)
 
 
 def layer_table(layers: list[dict[str, Any]]) -> str:

@@ -52,6 +52,7 @@ def test_layers_give_figures_a_page_and_two_plots(tmp_path: Path) -> None:
         assert f"({name})" in page
 
     tables = ("minilm", "demo", "training", "fashion", "minilm_distil", "fashion_resnet", "resnet")
+    tables += ("mobilenet",)
     for name in ("README.md", *(f"bench/{table}.json" for table in tables)):
         shutil.copy(ROOT / name, tmp_path)
     readme = tmp_path / "README.md"

@@ -82,6 +82,18 @@ def test_a_small_resnet50_is_measured_in_every_kind(tmp_path: Path) -> None:
     assert calls["int8"] == calls["sparse int8 90 %"] == 58
 
 
+def test_a_small_mobile_net_is_measured(tmp_path: Path) -> None:
+    shown = run("mobilenet.py", tmp_path, "--shrink", "4", "--seconds", "0")
+    figures = json.loads((tmp_path / "mobilenet.json").read_text())
+    ours = {"int8", "int8, depthwise in fp32"}
+    for batch in ("1", "16"):
+        assert figures["ms"][batch].keys() >= ours | {f"{name}, two threads" for name in ours}
+        assert ("openvino int8" in figures["ms"][batch]) == WITH_PEERS
+    assert (tmp_path / "mobilenet.md").read_text() == shown.removesuffix("\n")
+    depthwise = [row for row in figures["layers"] if row["name"].startswith("depthwise 3x3")]
+    assert sum(row["calls"] for row in depthwise) == 17
+
+
 @pytest.mark.skipif("avx2" not in _C.isas(), reason="this CPU has no AVX2")
 def test_avx2_is_compared_with_avx2(tmp_path: Path) -> None:
     run(
