@@ -44,16 +44,13 @@ class _Link(NamedTuple):
 class _Plan:
     """A call of `ops.chain`, and what it was made of: modules' dicts, which they keep for life."""
 
-    modules: Any  # of the root
     calls: list[int] = field(default_factory=list)
     sources: list[tuple[Callable[[Any], Sequence[Tensor]], Any]] = field(default_factory=list)
     facts: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
     hooks: list[Mapping[Any, Any]] = field(default_factory=list)
 
-    def holds(self, root: nn.Module) -> bool:
+    def holds(self) -> bool:
         """Whether all modules are those that they were, and none has hooks."""
-        if self.modules is not root._modules:
-            return False
         for mapping, name, value in self.facts:
             if mapping.get(name) is not value:
                 return False
@@ -122,7 +119,7 @@ class Chain:
         if planar is None:
             return None
         plan = self._plans.get(planar)
-        if plan is None or not plan.holds(root):
+        if plan is None or not plan.holds():
             plan = self._plans[planar] = _planned(root, self.links, planar, self.kind)
         return plan
 
@@ -141,7 +138,7 @@ def _planar(inputs: Sequence[Tensor]) -> int | None:
 
 
 def _planned(root: nn.Module, links: Sequence[_Link], planar: int, kind: str) -> _Plan | None:
-    plan = _Plan(root._modules)
+    plan = _Plan()
     known: set[tuple[int, str]] = set()
     for link in links:
         module: Any = root
