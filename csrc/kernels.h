@@ -184,12 +184,12 @@ static inline DepthwiseRows depthwise_rows(const gossamer_conv& c, int64_t out_r
   return {(out_rows - 1) * c.stride_h + (c.kernel_h - 1) * c.dilation_h + 1,
           ceil_div(wide, c.stride_w)};
 }
-// Places of taps, sums of four channels, these rows, and a vector that is read behind them.
+// Places of taps, sums of 16 channels, these rows, and a vector that is read behind them.
 static inline int64_t depthwise_scratch(const gossamer_conv& c, int64_t k, int64_t pixels) {
   const DepthwiseRows shape = depthwise_rows(c, pixels / c.out_w);
-  return round_up(k, 8) * 8 +
-         (4 * round_up(pixels, 16) + round_up(shape.rows * shape.columns * c.stride_w, 16) + 16) *
-             4;
+  return round_up(k, 8) * 8 + (kPanel * round_up(pixels, 16) +
+                               round_up(shape.rows * shape.columns * c.stride_w, 16) + 16) *
+                                  4;
 }
 static inline int64_t conv_spmm_int8_scratch(int64_t n, int64_t k, int64_t pixels) {
   return (ceil_div(k, 4) + chunk_rows(n)) * round_up(pixels, 16) * 4;

@@ -5,7 +5,7 @@
 //   panels  (n/16, k/4, 16, 4)              s8, as gemm_int8 reads them: four taps of a channel a word
 //   rows    [row][phase][column] words      scratch: what the tile's windows see of four channels,
 //                                           padding included; a phase is every stride-th column
-//   sums    [4][width] int32                scratch
+//   sums    [16][width] int32               scratch
 //
 // A tile is whole rows of the output. Its pixels fill the lanes: a tap is an offset in `rows`, so that
 // each word is copied once, and not once a tap. A pixel's word holds four channels under one tap; what
@@ -134,17 +134,24 @@ static inline void depthwise(const ImageTile& x, const gossamer_int8& w, Range p
                 columns = round_up(ceil_div(w.k, 4), 2);
   auto* offsets = static_cast<int64_t*>(scratch);
   auto* sums = reinterpret_cast<int32_t*>(offsets + 4 * columns);
-  Rows rows(x, sums + 4 * width);
+  Rows rows(x, sums + kPanel * width);
   for (int64_t t = 0; t < w.k; ++t) offsets[t] = rows.offset(t);
   const Epilogue finish{x, w.scale, w.wsum, w.n, to};
   const auto* image = reinterpret_cast<const int32_t*>(x.q);
   const auto row = w.k == 9 ? depthwise_row<9> : w.k == 25 ? depthwise_row<25> : depthwise_row<0>;
-  for (int64_t o = panels.begin * kPanel; o < panels.end * kPanel && o < w.n; o += 4) {
-    rows.fill(image + o / 4 * x.conv.height * x.conv.width);
-    const int8_t* weights = w.panels + (o / kPanel * columns * kPanel + o % kPanel) * 4;
-    for (int64_t at = 0, y = 0; at < x.pixels.end - x.pixels.begin; at += out_w, ++y)
-      row(rows.row(y), offsets, w.k, weights, out_w, width - at, width, sums + at);
-    finish(sums, {o, w.n < o + 4 ? w.n : o + 4});
+  // What is written as floats is written 16 outputs at a time.
+  const int64_t group = to.blocked ? 4 : kPanel;
+  const int64_t end = panels.end * kPanel < w.n ? panels.end * kPanel : w.n;
+  for (int64_t first = panels.begin * kPanel; first < end; first += group) {
+    const int64_t last = first + group < end ? first + group : end;
+    for (int64_t o = first; o < last; o += 4) {
+      rows.fill(image + o / 4 * x.conv.height * x.conv.width);
+      const int8_t* weights = w.panels + (o / kPanel * columns * kPanel + o % kPanel) * 4;
+      int32_t* own = sums + (o - first) * width;
+      for (int64_t at = 0, y = 0; at < x.pixels.end - x.pixels.begin; at += out_w, ++y)
+        row(rows.row(y), offsets, w.k, weights, out_w, width - at, width, own + at);
+    }
+    finish(sums, {first, last});
   }
 }
 

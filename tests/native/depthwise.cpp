@@ -39,7 +39,14 @@ struct Windows {
   int64_t plane_bytes(int64_t pixels) const { return blocks() * pixels * 4; }
   int64_t y_bytes() const { return c.images * plane_bytes(out_pixels()); }
 
+  // In floats, without the residual.
+  double value(int64_t image, int64_t o, int64_t pixel) const {
+    return y_of(image * blocks() + o / 4, o % 4, o, pixel, kResidual.zero);
+  }
   double byte(int64_t block, int64_t lane, int64_t o, int64_t pixel, int other) const {
+    return std::clamp(y_of(block, lane, o, pixel, other) / kY.scale + kY.zero, 0.0, 255.0);
+  }
+  double y_of(int64_t block, int64_t lane, int64_t o, int64_t pixel, int other) const {
     int64_t sum = 0;
     for (int64_t tap = 0; tap < weight.k; ++tap) {
       const int64_t row =
@@ -54,7 +61,7 @@ struct Windows {
     y += (other - kResidual.zero) * kResidual.scale;
     if (activation == GOSSAMER_RELU || activation == GOSSAMER_RELU6) y = std::max(y, 0.0);
     if (activation == GOSSAMER_RELU6) y = std::min(y, 6.0);
-    return std::clamp(y / kY.scale + kY.zero, 0.0, 255.0);
+    return y;
   }
 };
 
@@ -120,6 +127,30 @@ void kernel_alone(const Kernels& table, const Windows& windows, Side side, Range
   guards.compare(&rows);
 }
 
+// Rows of the first image as floats, in either layout.
+void floats_alone(const Kernels& table, const Windows& windows, Side side, Range rows,
+                  bool planar) {
+  Guards guards(windows, side);
+  const gossamer_conv& c = windows.c;
+  const int64_t n = windows.n(), plane = windows.out_pixels();
+  const Range pixels{rows.begin * c.out_w, rows.end * c.out_w};
+  Guarded<char> scratch(depthwise_scratch(c, guards.w.k, pixels.end - pixels.begin), side);
+  Guarded<float> y(n * plane, side);
+  const ImageTile x{guards.q.data(), c, {kX.scale, kX.zero}, pixels};
+  const ImageDestination to{
+      {y.data(), planar ? plane : n, GOSSAMER_FLOAT32, guards.bias.data(), windows.activation},
+      planar,
+      nullptr};
+  table.conv_int8(x, guards.w, {0, ceil_div(n, kPanel)}, to, scratch.data());
+  for (int64_t o = 0; o < n; ++o) {
+    for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+      const double got = y.data()[planar ? o * plane + pixel : pixel * n + o],
+                   want = windows.value(0, o, pixel);
+      require(fabs(got - want) <= 1e-5 * (1 + fabs(want)), "depthwise: another float");
+    }
+  }
+}
+
 gossamer_conv conv_of(int64_t images, int64_t channels, int64_t height, int64_t width,
                       int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t dilation,
                       int64_t pad) {
@@ -171,6 +202,10 @@ void check_depthwise(gossamer_parallel_for parallel_for, std::mt19937& random) {
         if (c.images == 0) continue;
         kernel_alone(*table, windows, side, {0, c.out_h});
         kernel_alone(*table, windows, side, {c.out_h / 2, c.out_h / 2 + 1});
+        for (const bool planar : {false, true}) {
+          floats_alone(*table, windows, side, {0, c.out_h}, planar);
+          floats_alone(*table, windows, side, {c.out_h - 1, c.out_h}, planar);
+        }
       }
     }
   }
