@@ -126,39 +126,39 @@ RESNET = {
 }
 
 
-def resnet(figures: dict[str, Any]) -> list[list[str]]:
-    """A row a net, its time at each batch, and its memory."""
-    rows = [["ResNet-50, 224 x 224", "batch 1", "batch 16", "memory, batch 16"]]
-    for name, title in RESNET.items():
-        cells = []
-        for ms in figures["ms"].values():
-            better = min(ms[layout] for layout in RESNET if layout.startswith("torch"))
-            if name in ms:
-                cells.append(f"{ms[name]:.3g} ms ({better / ms[name]:.1f}x)")
-        used = figures["memory"].get(name)
-        memory = f"{sum(used.values()) / 2**20:.0f} MiB" if used else ""
-        rows += [[title, *cells, memory]] if cells else []
-    return rows
-
-
 MOBILENET = {
     **{name: RESNET[name] for name in RESNET if name.startswith(("torch", "onnx", "openvino"))},
-    "int8": "`Int8` static, fused",
+    "int8": RESNET["int8"],
     "int8, depthwise in fp32": "the same, depthwise convolutions left to torch",
 }
 
 
-def mobilenet(figures: dict[str, Any]) -> list[list[str]]:
-    """A row a net, its time at each batch."""
-    rows = [["MobileNetV2, 224 x 224", *(f"batch {batch}" for batch in figures["ms"])]]
-    for name, title in MOBILENET.items():
+def net(head: str, titles: dict[str, str], figures: dict[str, Any]) -> list[list[str]]:
+    """A row a net: its time at each batch, and its memory where that was measured."""
+    memory = figures.get("memory", {})
+    batches = [f"batch {batch}" for batch in figures["ms"]]
+    rows = [[head, *batches, *([f"memory, {batches[-1]}"] if memory else [])]]
+    for name, title in titles.items():
         cells = []
         for ms in figures["ms"].values():
-            better = min(ms[layout] for layout in MOBILENET if layout.startswith("torch"))
+            better = min(ms[layout] for layout in titles if layout.startswith("torch"))
             if name in ms:
                 cells.append(f"{ms[name]:.3g} ms ({better / ms[name]:.1f}x)")
+        if memory and cells:
+            used = memory.get(name)
+            cells.append(f"{sum(used.values()) / 2**20:.0f} MiB" if used else "")
         rows += [[title, *cells]] if cells else []
     return rows
+
+
+def resnet(figures: dict[str, Any]) -> list[list[str]]:
+    """ResNet-50."""
+    return net("ResNet-50, 224 x 224", RESNET, figures)
+
+
+def mobilenet(figures: dict[str, Any]) -> list[list[str]]:
+    """MobileNetV2."""
+    return net("MobileNetV2, 224 x 224", MOBILENET, figures)
 
 
 def fashion_resnet(figures: dict[str, Any]) -> list[list[str]]:

@@ -195,12 +195,12 @@ def times(lab: Lab, calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return {name: statistics.median(own) for name, own in zip(calls, all_times, strict=True)}
 
 
-def measured(lab: Lab) -> dict[str, Any]:
-    """Milliseconds by batch and name, memory, cosines, and where the time goes."""
-    torch.manual_seed(0)
-    dense = lab.dense()
+def timed(lab: Lab, dense: nn.Module, nets: dict[str, nn.Module], least: float) -> dict[str, Any]:
+    """Milliseconds by batch and name, and cosines: torch, the peers and ours, all in turn.
+
+    least: the least cosine of a peer's int8 logits.
+    """
     planar, last = folded(dense), folded(dense).to(memory_format=torch.channels_last)
-    nets = {name: lab.net(name, dense) for name in KINDS}
     x = lab.images(max(BATCHES))
     fp32 = int8 = b""
     if lab.peers:
@@ -213,12 +213,22 @@ def measured(lab: Lab) -> dict[str, Any]:
         channels_last = own.contiguous(memory_format=torch.channels_last)
         others = engines.calls(fp32, int8, own) if lab.peers else {}
         for name, call in others.items():
-            lab.check(name, call(), planar(own), 0.9999 if name in engines.FP32 else 0.95)
+            lab.check(name, call(), planar(own), 0.9999 if name in engines.FP32 else least)
         calls = {TORCH[0]: on(1, planar, own), TORCH[1]: on(1, last, channels_last), **others}
         for name, net in nets.items():
             calls |= {name: on(1, net, own), f"{name}, two threads": on(2, net, own)}
         found["ms"][str(batch)] = times(lab, calls)
-    found["layers"] = {name: layer_times(net, x[:1].clone()) for name, net in nets.items()}
+    return found
+
+
+def measured(lab: Lab) -> dict[str, Any]:
+    """Milliseconds by batch and name, memory, cosines, and where the time goes."""
+    torch.manual_seed(0)
+    dense = lab.dense()
+    nets = {name: lab.net(name, dense) for name in KINDS}
+    found = timed(lab, dense, nets, 0.95)
+    x = lab.images(1)
+    found["layers"] = {name: layer_times(net, x) for name, net in nets.items()}
     found["memory"] = memories(lab)
     return found
 
@@ -289,29 +299,52 @@ def layer_table(layers: list[dict[str, Any]]) -> str:
     return render(["", ">calls", ">ms", ">share", ">GOP/s"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(
+    doc: str | None,
+    name: str,
+    kind: type[Lab],
+    seconds: float,
+    figures_of: Callable[[Any, bool], dict[str, Any]],
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    """The command of a net: measures it, prints the page and writes both files.
+
+    Args:
+        doc: of the script.
+        name: of the files.
+        kind: of Lab.
+        seconds: for each batch, by default.
+        figures_of: what is measured in such a lab, where others are held to AVX2 or not.
+        page: the page of these figures.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())
     parser.add_argument("--peers", choices=["all", "none"], default="all")
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each batch")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each batch")
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
     parser.add_argument("--folder", type=Path, default=HERE, help="where to write the two files")
     options = parser.parse_args()
     held = HELD if options.isa == "avx2" else {}
     hold(held)
     absent = engines.missing() if options.peers == "all" else []
-    lab = Lab(max(8, 64 // options.shrink), max(32, 224 // options.shrink), options.seconds)
+    lab = kind(max(8, 64 // options.shrink), max(32, 224 // options.shrink), options.seconds)
     lab.peers = options.peers == "all" and not absent
     with testing.isa(options.isa), threads(1), torch.inference_mode():
-        found = measured(lab)
+        found = figures_of(lab, bool(held))
         others = " ".join(f"{name}={value}" for name, value in held.items())
         machine = about(others=others or "the best they have", missing=", ".join(absent) or "none")
-    figures = {"machine": machine, **found, "bars": as_json(bars(found, bool(held)))}
-    name = f"resnet-{options.isa}" if held else "resnet"
-    options.folder.joinpath(f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    options.folder.joinpath(f"{name}.md").write_text(markdown(figures))
-    print(markdown(figures))
+    figures = {"machine": machine, **found}
+    file = f"{name}-{options.isa}" if held else name
+    options.folder.joinpath(f"{file}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    options.folder.joinpath(f"{file}.md").write_text(page(figures))
+    print(page(figures))
+
+
+def figures_of(lab: Lab, held: bool) -> dict[str, Any]:
+    """What is measured, and the bars."""
+    found = measured(lab)
+    return {**found, "bars": as_json(bars(found, held))}
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "resnet", Lab, 30.0, figures_of, markdown)

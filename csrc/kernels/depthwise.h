@@ -30,7 +30,7 @@ class Rows {
       : conv_(x.conv),
         shape_(depthwise_rows(x.conv, (x.pixels.end - x.pixels.begin) / x.conv.out_w)),
         top_(x.pixels.begin / x.conv.out_w * x.conv.stride_h - x.conv.pad_top),
-        outside_(set(static_cast<int32_t>(static_cast<uint32_t>(x.affine.zero) * 0x01010101u))),
+        outside_(set(outside_of(x))),
         words_(words) {}
 
   void fill(const int32_t* plane) {

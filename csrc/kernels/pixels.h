@@ -94,6 +94,11 @@ class Window {
   bool joined_[kWindowPixels / kLanes];
 };
 
+// What lies outside of an image, as a word: the zero point of four channels.
+static inline int32_t outside_of(const ImageTile& x) {
+  return static_cast<int32_t>(static_cast<uint32_t>(x.affine.zero) * 0x01010101u);
+}
+
 // The image under a tile -> panel[tap][block of channels][width].
 static inline void gather(const ImageTile& x, int32_t* panel) {
   if (x.gathered) return;
@@ -101,7 +106,7 @@ static inline void gather(const ImageTile& x, int32_t* panel) {
   const Window window(c, x.pixels);
   const int64_t width = width_of(x.pixels), blocks = ceil_div(c.channels, 4);
   const auto* image = reinterpret_cast<const int32_t*>(x.q);
-  const auto outside = static_cast<int32_t>(static_cast<uint32_t>(x.affine.zero) * 0x01010101u);
+  const int32_t outside = outside_of(x);
   for (int64_t i = 0; i < c.kernel_h; ++i) {
     for (int64_t j = 0; j < c.kernel_w; ++j, panel += blocks * width) {
       for (int v = 0; v * kLanes < width; ++v) {

@@ -1,4 +1,5 @@
-// operators.h: the operators that chain.cpp may call, with the kinds of their arguments (tensor.h).
+// operators.h: the operators that other files than their own name; of those that chain.cpp calls the
+// kinds of their arguments (tensor.h) too.
 #pragma once
 
 #include "torch/shim.h"

@@ -208,10 +208,10 @@ def choose(candidates: list[Candidate], patterns: Mapping[str, Format | None]) -
                 candidate.format = format
                 candidate.reason = "" if format else f"left alone by pattern {pattern!r}"
                 break
-        if candidate.format is not None and not isinstance(candidate.module, Layer):
-            candidate.reason = unsupported(candidate.module, candidate.format) or ""
-            candidate.format = None if candidate.reason else candidate.format
         runs = candidate.module
+        reason = None if isinstance(runs, Layer) else unsupported(runs, candidate.format)
+        if reason:
+            candidate.format, candidate.reason = None, reason
         if isinstance(runs, Layer) and candidate.format == runs.packed.format:
             candidate.format, candidate.reason = None, f"already {format_name(runs.packed.format)}"
 

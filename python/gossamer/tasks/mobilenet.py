@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .resnet import unit
+
 # Expansion, outputs, blocks and the stride of the first, of each stage.
 STAGES = (
     (1, 16, 1, 1),
@@ -17,14 +19,6 @@ STAGES = (
 STEM, LAST = 32, 1280
 
 
-def _unit(
-    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: bool = True
-) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return [conv, nn.BatchNorm2d(outputs), *([nn.ReLU6()] if act else [])]
-
-
 class InvertedResidual(nn.Module):
     """1x1 up, 3x3 depthwise, 1x1 down, and x added where the shapes are equal.
 
@@ -35,9 +29,9 @@ class InvertedResidual(nn.Module):
         super().__init__()
         wide = expansion * inputs
         self.body = nn.Sequential(
-            *(_unit(inputs, wide) if expansion > 1 else ()),
-            *_unit(wide, wide, 3, stride, groups=wide),
-            *_unit(wide, outputs, act=False),
+            *(unit(inputs, wide, 1, act=nn.ReLU6) if expansion > 1 else ()),
+            *unit(wide, wide, 3, stride, wide, act=nn.ReLU6),
+            *unit(wide, outputs, 1, act=None),
         )
         self.adds = stride == 1 and inputs == outputs
 
@@ -66,7 +60,7 @@ class MobileNetV2(nn.Module):
             return max(8, round(channels * width / 8) * 8)
 
         channels, blocks = scaled(STEM), list[nn.Module]()
-        self.stem = nn.Sequential(*_unit(3, channels, 3, 2))
+        self.stem = nn.Sequential(*unit(3, channels, 3, 2, act=nn.ReLU6))
         for expansion, outputs, depth, stride in STAGES:
             for index in range(depth):
                 first = stride if not index else 1
@@ -74,7 +68,8 @@ class MobileNetV2(nn.Module):
                 channels = scaled(outputs)
         self.blocks = nn.Sequential(*blocks)
         last = max(LAST, scaled(LAST))
-        self.last = nn.Sequential(*_unit(channels, last), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        pixels = unit(channels, last, 1, act=nn.ReLU6)
+        self.last = nn.Sequential(*pixels, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.fc = nn.Linear(last, classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ class Block(nn.Module):
         super().__init__()
         self.outputs = EXPANSION * width if bottleneck else width
         self.body = nn.Sequential(
-            *(_unit(inputs, width, 1) if bottleneck else ()),
-            *_unit(width if bottleneck else inputs, width, 3, stride),
-            *_unit(width, self.outputs, 1 if bottleneck else 3, relu=False),
+            *(unit(inputs, width, 1) if bottleneck else ()),
+            *unit(width if bottleneck else inputs, width, 3, stride),
+            *unit(width, self.outputs, 1 if bottleneck else 3, act=None),
         )
         same = stride == 1 and inputs == self.outputs
-        projection = _unit(inputs, self.outputs, 1, stride, relu=False)
+        projection = unit(inputs, self.outputs, 1, stride, act=None)
         self.shortcut: nn.Module = nn.Identity() if same else nn.Sequential(*projection)
         self.relu = nn.ReLU()
 
@@ -38,12 +38,18 @@ class Block(nn.Module):
         return y
 
 
-def _unit(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, relu: bool = True
+def unit(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    act: type[nn.Module] | None = nn.ReLU,
 ) -> list[nn.Module]:
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    """A convolution that keeps the size but for its stride, BatchNorm, and an activation."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return [conv, nn.BatchNorm2d(outputs), *([nn.ReLU()] if relu else [])]
+    return [conv, nn.BatchNorm2d(outputs), *([act()] if act else [])]
 
 
 class ResNet(nn.Module):
@@ -71,7 +77,7 @@ class ResNet(nn.Module):
         stem: tuple[int, int] = (3, 1),
     ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_unit(3, width, *stem), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(*unit(3, width, *stem), nn.MaxPool2d(3, 2, 1))
         channels, blocks = width, []
         for stage, depth in enumerate(depths):
             for index in range(depth):

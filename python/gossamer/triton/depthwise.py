@@ -13,12 +13,10 @@ from torch import Tensor
 from gossamer import reference
 from gossamer.ops import ACTIVATIONS
 
-MESSAGE = "depthwise convolutions have static activations: x_affine must not be None"
 
-
-def is_depthwise(k: int, conv: list[int] | None) -> bool:
+def is_depthwise(k: int, conv: list[int]) -> bool:
     """Whether a weight has the columns of one channel."""
-    return conv is not None and k == conv[0] * conv[1]
+    return k == conv[0] * conv[1]
 
 
 def _activated(y: Tensor, activation: int) -> Tensor:
@@ -55,7 +53,7 @@ def gemm_int8(
 ) -> Tensor:
     """Of floats x, quantized by x_affine, and integers (n, k); y has the dtype and layout of x."""
     if x_affine is None:
-        raise ValueError(MESSAGE)
+        raise ValueError("depthwise convolutions are static: x_affine must not be None")
     q = reference.quantize_rows(x, x_affine)[0]
     y = _dequantized(q, weight, scale, x_affine, bias, conv)
     well = torch.isfinite(x).all(3).all(2).all(1)[:, None, None, None]
