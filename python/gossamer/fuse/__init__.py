@@ -11,7 +11,7 @@ from .floats import settle_floats
 from .fold import fold
 from .graph import drop_what_passes, name_apart, out_of_place, record
 from .merge import merge_linears
-from .pieces import images_at_once
+from .pieces import images_at_once, may_cut
 from .plan import make_plan
 from .reuse import reuse_residuals
 from .rewrite import rewrite
@@ -41,7 +41,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     in floats, are rounded to the 8 bits of the range that the example shows.
 
     Where all nodes are known to treat each image by itself, a batch runs in pieces of as many
-    images as leave values of 4 MB, an image a thread at least.
+    images as leave values of 2 MB, an image a thread at least; pieces join where values get small.
 
     The module takes inputs of other sizes and batches than the example's, as far as the model does;
     its results do not depend on what else is in the batch. Values that go back to floats have the
@@ -83,12 +83,13 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     fuse_activations(graph)
     merge_linears(fused)
     plan = make_plan(graph)
-    images = images_at_once(graph, plan)
+    alone = may_cut(graph)
     rewrite(fused, plan)
     settle_floats(fused)
     reuse_residuals(graph)
     fused.delete_all_unused_submodules()
     fused.recompile()
+    images = images_at_once(graph) if alone else {}
     fused.meta.update(report=report_of(graph), images=images)
     for node in graph.nodes:
         node.meta.clear()

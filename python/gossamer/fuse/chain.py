@@ -8,7 +8,6 @@ place is this, where nothing can see the difference.
 from __future__ import annotations
 
 import copy
-import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,31 +245,23 @@ def chains_of(graph: fx.Graph) -> list[Chain]:
     return [Chain(run, kind) for kind, run in runs if kind and len(run) > 1]
 
 
-def chained(root: fx.GraphModule, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph's forward with its chains in the place of their layers, but under a compiler."""
-    chains = chains_of(root.graph)
-    if not chains:
-        return forward
+def shortened(root: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:
+    """What runs a graph on the modules of `root`, with chains in the place of their layers."""
+    chains = chains_of(graph)
+    short = copy.deepcopy(graph)
+    twins = dict(zip(graph.nodes, short.nodes, strict=True))
     cls: Any = type(root)
-    cls._chain = lambda self, place, *inputs: chains[place](self, *inputs)
-    short = copy.deepcopy(root.graph)
-    twins = dict(zip(root.graph.nodes, short.nodes, strict=True))
-    for place, chain in enumerate(chains):
+    for chain in chains:
+        cls._chains.append(chain)
         layers = [twins[node] for node in chain.nodes]
         with short.inserting_before(layers[0]):
             inputs = [twins[node] for node in chain.inputs]
-            call = short.create_node("call_module", "_chain", (place, *inputs))
+            call = short.create_node("call_module", "_chain", (len(cls._chains) - 1, *inputs))
             for i, node in enumerate(chain.outputs):
                 result = short.call_function(operator.getitem, (call, i))
                 twins[node].replace_all_uses_with(result)
                 twins[node] = result
         for node in reversed(layers):
             short.erase_node(node)
-    through: Any = type(fx.GraphModule(root, short)).forward
-
-    @functools.wraps(forward)
-    def run(self: fx.GraphModule, *inputs: Any, **named: Any) -> Any:
-        whole = forward if torch.compiler.is_compiling() else through
-        return whole(self, *inputs, **named)
-
+    run: Any = type(fx.GraphModule(root, short)).forward
     return run

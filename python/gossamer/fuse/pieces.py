@@ -1,11 +1,13 @@
-"""A batch in pieces: as many images at once as leave values that stay in cache, through all layers.
+"""How many images go through a graph at once, so that the values that they leave stay in cache.
 
 Layer by layer, all images of a batch would go through memory at each. ResNet-50, batch 16, one
 thread: 849 -> 514 ms with fp32 weights at 90 % zeros, 143 -> 131 with 1x4 int8, 404 -> 394 dense.
+Where values have become small, pieces join: layers of few pixels have large weights.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from typing import Any
@@ -16,12 +18,15 @@ from torch import fx, nn
 
 from gossamer.layers import Conv2d, Linear
 
+from .floats import PooledConv2d
 from .graph import seen
 from .match import activation, addends, image_op, module_of, shape_read, source
-from .plan import Plan
+from .rows import in_bytes
 
 # The largest value of a piece; a core's L2 has 0.5 to 2 MB, what cores share more.
-_BYTES = 4 << 20
+_BYTES = 2 << 20
+# Pieces join where that many fit into one: what they left is copied there.
+_JOIN = 4
 
 _LAYERS: set[Any] = {
     Conv2d,
@@ -46,36 +51,59 @@ _FLATTENS = {torch.flatten, "flatten"}
 _VIEWS = {"view", "reshape"}
 
 
-def images_at_once(graph: fx.Graph, plan: Plan) -> int | None:
-    """How many images a thread takes through the whole graph; None: the batch as it comes.
+def images_at_once(graph: fx.Graph) -> dict[str, int]:
+    """How many images a thread takes through each stage of a fused graph, by the first node's name.
 
-    None where a node may mix images, where no packed convolution is, and where the weights of
-    linear layers, which each piece reads anew, weigh more than a quarter of what a piece leaves.
+    A stage's values stay in cache; yet a piece leaves four times as many bytes as the weights of
+    linear layers have, which it reads anew.
     """
-    if not _each_alone(graph):
-        return None
-    modules = [module_of(node) for node in graph.nodes]
-    if not any(isinstance(module, Conv2d) for module in modules):
-        return None
-    inside = {r.conv for r in plan.residuals.values()} | {r.add for r in plan.residuals.values()}
-    inside -= plan.int8
-    values = [_bytes_an_image(node, plan) for node in graph.nodes if node not in inside]
-    images = max(1, _BYTES // max(values))
-    linear = [m for m in modules if isinstance(m, Linear | nn.Linear)]
-    weights = sum(t.nbytes for m in linear for t in (*m.parameters(), *m.buffers()))
-    return images if 4 * weights <= images * sum(values) else None
+    nodes, int8 = list(graph.nodes)[:-1], in_bytes(graph)
+    places = {node: place for place, node in enumerate(nodes)}
+    last = [max((places.get(user, len(nodes)) for user in node.users), default=0) for node in nodes]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    sizes = [max(1, _bytes_an_image(node, int8)) for node in nodes]
+
+    def alive(begin: int) -> list[int]:
+        return [place for place in range(begin) if last[place] >= begin]
+
+    starts, largest = [0], max(sizes)
+    for begin in range(len(inputs), len(nodes)):
+        batches = {seen(nodes[place]).shape[:1] for place in alive(begin)}
+        later = max(sizes[begin:] + [sizes[place] for place in alive(begin)])
+        if _JOIN * later <= min(largest, _BYTES) and batches == {seen(inputs[0]).shape[:1]}:
+            starts.append(begin)
+            largest = later
+    images = {}
+    for begin, end in itertools.pairwise([*starts, len(nodes)]):
+        own = sizes[begin:end] + [sizes[place] for place in alive(begin)]
+        weights = sum(map(_linear_bytes, nodes[begin:end]))
+        images[nodes[begin].name] = max(1, _BYTES // max(own), math.ceil(4 * weights / sum(own)))
+    return images
 
 
-def _bytes_an_image(node: fx.Node, plan: Plan) -> int:
-    shown = seen(node)
-    if not shown.shape or shown.dtype is None or not shown.shape[0]:
+def _linear_bytes(node: fx.Node) -> int:
+    module = module_of(node)
+    if not isinstance(module, Linear | nn.Linear):
         return 0
-    size = 1 if node in plan.int8 else shown.dtype.itemsize
-    return math.prod(shown.shape[1:]) * size
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
 
 
-def _each_alone(graph: fx.Graph) -> bool:
-    """Whether all inputs are images, and all nodes are known to compute each image by itself."""
+def _bytes_an_image(node: fx.Node, int8: set[fx.Node]) -> int:
+    shown, module = seen(node), module_of(node)
+    if not shown.shape or shown.dtype is None:
+        return 0
+    pooled = module.pool.pool.stride if isinstance(module, PooledConv2d) else ()
+    size = 1 if node in int8 else shown.dtype.itemsize
+    return math.prod((*shown.shape[1:], *pooled)) * size
+
+
+def may_cut(graph: fx.Graph) -> bool:
+    """Whether a batch may go through a graph in pieces, and its packed convolutions gain by that.
+
+    All inputs are images then, and all nodes are known to compute each image by itself.
+    """
+    if not any(isinstance(module_of(node), Conv2d) for node in graph.nodes):
+        return False
     images: set[fx.Node] = set()
     sizes: set[fx.Node] = set()  # numbers, of a batch or of an image
     for node in graph.nodes:

@@ -71,13 +71,19 @@ class FuseReport(Report):
 def report_of(graph: fx.Graph) -> FuseReport:
     """A row for each node that computes a tensor."""
     nodes = [node for node in graph.nodes if node.op.startswith("call_")]
-    bytes_of: dict[fx.Node, bool] = {}
-    for node in nodes:
-        module = module_of(node)
-        moved = node.target is torch.cat and all(map(bytes_of.get, node.all_input_nodes))
-        bytes_of[node] = isinstance(module, _BYTES) or moved
+    int8 = in_bytes(graph)
     tensors = [node for node in nodes if seen(node).dtype is not None or node.meta.get("note")]
-    return FuseReport([_row(node, bytes_of[node]) for node in tensors])
+    return FuseReport([_row(node, node in int8) for node in tensors])
+
+
+def in_bytes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of a fused graph that give 8 bits."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        moved = node.target is torch.cat and found.issuperset(node.all_input_nodes)
+        if moved or isinstance(module_of(node), _BYTES):
+            found.add(node)
+    return found
 
 
 def _row(node: fx.Node, is_bytes: bool) -> FusedRow:

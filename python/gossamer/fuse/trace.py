@@ -7,12 +7,10 @@ taken apart into operators: there would be nothing left to fuse.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
-import math
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +23,7 @@ from gossamer.dtypes import KeepsDtypes
 from gossamer.packed import Packed
 from gossamer.timing import unfused
 
-from .chain import chained
+from .stages import staged
 
 _M = TypeVar("_M", bound=nn.Module)
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -43,41 +41,8 @@ class Fused(fx.GraphModule):
         """As fx does; `forward` then takes large batches in pieces."""
         code = super().recompile()
         cls: Any = type(self)
-        cls.forward = _in_pieces(chained(self, cls.forward))
+        cls.forward = staged(self, cls.forward)
         return code
-
-
-def _in_pieces(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward of a GraphModule that takes as many images at once as its meta["images"] says.
-
-    Of large batches, each thread has an image of its own at least. What is traced or compiled has
-    the whole batch.
-    """
-
-    @functools.wraps(forward)
-    def pieces_of(self: fx.GraphModule, *inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.meta.get("images"):
-            return forward(self, *inputs, **named)
-        values = [*inputs, *named.values()]
-        batch, at_once = _batch(values), max(self.meta["images"], torch.get_num_threads())
-        if batch <= at_once:
-            return forward(self, *inputs, **named)
-        count = math.ceil(batch / at_once)
-        results = []
-        for piece in zip(*(x.tensor_split(count) for x in values), strict=True):
-            by_name = dict(zip(named, piece[len(inputs) :], strict=True))
-            results.append(forward(self, *piece[: len(inputs)], **by_name))
-        return _pytree.tree_map(lambda *parts: torch.cat(parts), *results)
-
-    return pieces_of
-
-
-def _batch(values: list[Any]) -> int:
-    """How many images each of the values holds; 0 if they are no images, or not as many."""
-    if not values or not all(type(x) is Tensor and x.dim() == 4 for x in values):
-        return 0
-    sizes = {x.size(0) for x in values}
-    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def twin(module: _M) -> _M:
