@@ -10,6 +10,8 @@ namespace {
 
 // Pixels a tile of block: any number of lanes.
 constexpr int64_t kBlockPixels = 1024;
+// Rows a tile of max_pool.
+constexpr int64_t kPoolRows = 4;
 
 int check_images(const gossamer_input* x, int64_t channels, int64_t pixels, const void* y) {
   if (!active_kernels()) return fail("%s", isa_error());
@@ -77,14 +79,17 @@ extern "C" int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
   const gossamer_conv& c = *q->conv;
   if (const int status = check_conv(c)) return status;
   if (!y && c.images > 0) return fail("y must not be NULL");
-  const Work work = work_of(*q, kMaxPixels, 1);
-  const int64_t taps = c.kernel_h * c.kernel_w;
-  return run(
-      work, macs_of_elements(work, c.channels * taps), Even(), parallel_for, [&](const Tile& tile) {
-        active_kernels()->max_pool(static_cast<const uint8_t*>(q->data) +
-                                       tile.image * blocked_bytes(c.channels, c.height * c.width),
-                                   c, tile.rows,
-                                   y + tile.image * blocked_bytes(c.channels, c.out_h * c.out_w));
-        return true;
-      });
+  const Work work{c.images, c.out_h, std::min(c.out_h, kPoolRows), 1};
+  const int64_t taps = c.kernel_h * c.kernel_w, line = 4 * pool_line(c);
+  return run(work, macs_of_elements(work, c.out_w * c.channels * taps), Even(), parallel_for,
+             [&](const Tile& tile) {
+               char* own = scratch.reserve(line);
+               if (!own) return false;
+               active_kernels()->max_pool(
+                   static_cast<const uint8_t*>(q->data) +
+                       tile.image * blocked_bytes(c.channels, c.height * c.width),
+                   c, tile.rows, y + tile.image * blocked_bytes(c.channels, c.out_h * c.out_w),
+                   own);
+               return true;
+             });
 }

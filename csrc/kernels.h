@@ -107,7 +107,8 @@ using Block = Affine(const FloatImage& x, Affine given, Range pixels, uint8_t* q
 using Unblock = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels,
                      Range blocks, gossamer_dtype dtype, void* y);
 // Output pixels of one image, at most kMaxPixels.
-using MaxPool = void(const uint8_t* q, const gossamer_conv& conv, Range pixels, uint8_t* y);
+using MaxPool = void(const uint8_t* q, const gossamer_conv& conv, Range rows, uint8_t* y,
+                     void* scratch);
 // No operator: what bounds them, for benchmarks. -> operations or bytes; `mean` of the loop's sums.
 using Ceilings = double(gossamer_loop loop, const int32_t* data, int64_t bytes, int64_t turns,
                         float* mean);
@@ -193,6 +194,13 @@ static inline int64_t depthwise_scratch(const gossamer_conv& c, int64_t k, int64
 }
 static inline int64_t conv_spmm_int8_scratch(int64_t n, int64_t k, int64_t pixels) {
   return (ceil_div(k, 4) + chunk_rows(n)) * round_up(pixels, 16) * 4;
+}
+
+// Words of a row of max_pool's windows, and 32 that vectors read behind the last.
+static inline int64_t pool_line(const gossamer_conv& c) {
+  const int64_t reach = (c.out_w - 1) * c.stride_w + (c.kernel_w - 1) * c.dilation_w + 1,
+                image = c.pad_left + c.width;
+  return (reach > image ? reach : image) + 32;
 }
 
 static inline int64_t sddmm_scratch(int64_t n, int64_t k, int64_t rows) {
