@@ -14,6 +14,9 @@
 // cleared first, and a piece of 7 pixels costs as much as one of 16. Channels innermost: squares of
 // pixels x channels are transposed.
 //
+// A tile fetches the lines that the next one reads and writes: in planes of 56 x 56 they lie 12 KB apart,
+// where the hardware does not follow (ResNet-50 at 90 % zeros: 3 % less time, on AVX2 6).
+//
 // Rejected: padded copies of the images, in which a tap is an offset. They are copied once and not
 // once a tap, but what the inner loop then reads is not aligned: two lines of L1 a vector.
 #pragma once
@@ -143,9 +146,12 @@ class Pixels {
     pieces.zeros(lanes_);
     images += channels.begin * plane;
     const int64_t count = channels.end - channels.begin;
+    const bool last = i == conv_.kernel_h - 1 && j == conv_.kernel_w - 1;
     if (stride == 1 && pieces.count * kLanes == lanes_)
       return by_count<kMaxLanes / kLanes>(pieces.count, [&](auto n) {
-        copy_vectors<decltype(n)::value>(images, plane, pieces, count, panel);
+        constexpr int N = decltype(n)::value;
+        last ? copy_vectors<N, true>(images, plane, pieces, count, panel)
+             : copy_vectors<N, false>(images, plane, pieces, count, panel);
       });
     // What a store writes behind its line belongs to what is written next.
     for (int64_t c = 0; c < count; ++c, images += plane, panel += lanes_) {
@@ -160,8 +166,9 @@ class Pixels {
     }
   }
 
-  // One piece a vector: no load or store depends on where a row ends.
-  template <int N, typename T>
+  // One piece a vector: no load or store depends on where a row ends. kLast: under the last tap, which
+  // is the first to meet what follows.
+  template <int N, bool kLast, typename T>
   static void copy_vectors(const T* images, int64_t plane, const Pieces& pieces, int64_t channels,
                            float* panel) {
     const T* from[N];
@@ -171,8 +178,10 @@ class Pixels {
       inside[v] = load(pieces.list[v].inside);
     }
     for (int64_t c = 0; c < channels; ++c, panel += N * kLanes)
-      for (int v = 0; v < N; ++v)
+      for (int v = 0; v < N; ++v) {
         store(panel + v * kLanes, load_inside(from[v] + c * plane, inside[v]));
+        if (kLast && v * kLanes % 16 == 0) prefetch(from[v] + c * plane + N * kLanes);
+      }
   }
 
   static F32 load_inside(const float* from, I32 inside) {
@@ -225,7 +234,7 @@ class Pixels {
 template <int V>
 struct PlaneWriter {
   float* y;
-  const float *residual, *bias;
+  const float *residual, *bias, *touched;
   int64_t plane;
   int last;  // pixels in the last vector
   F32 lower;
@@ -235,6 +244,7 @@ struct PlaneWriter {
     const int64_t first = plane ? to.first / plane * n * plane + to.first % plane : 0;
     y = static_cast<float*>(to.y) + first;
     residual = to.residual ? static_cast<const float*>(to.residual) + first : nullptr;
+    touched = residual ? residual : y;
     last = lanes_left(rows, (V - 1) * kLanes);
     lower = set(to.activation == GOSSAMER_RELU ? 0.0f : -HUGE_VALF);
     for (F32& lane : ill) lane = set(0.0f);
@@ -252,11 +262,9 @@ struct PlaneWriter {
       const int64_t lane = at + v * kLanes;
       const int count = v < V - 1 ? kLanes : last;
       F32 value = add(add(sum[v], ill[v]), b);
-      if (residual) {
-        value = add(value, load_some(residual + lane, count));
-        prefetch(residual + lane + V * kLanes);  // the next tile's
-      }
+      if (residual) value = add(value, load_some(residual + lane, count));
       store_some(y + lane, max(lower, value), count);
+      prefetch(touched + lane + V * kLanes);  // the next tile's
     }
   }
 };
