@@ -148,7 +148,7 @@ class Pixels {
     const int64_t count = channels.end - channels.begin;
     const bool last = i == conv_.kernel_h - 1 && j == conv_.kernel_w - 1;
     if (stride == 1 && pieces.count * kLanes == lanes_)
-      return by_count<kMaxLanes / kLanes>(pieces.count, [&](auto n) {
+      return by_vectors(lanes_, [&](auto n) {
         constexpr int N = decltype(n)::value;
         last ? copy_vectors<N, true>(images, plane, pieces, count, panel)
              : copy_vectors<N, false>(images, plane, pieces, count, panel);
