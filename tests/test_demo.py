@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from gossamer import _C, cli, demo
+from gossamer.calibrate import calibrate
 from gossamer.compress import Layer, compress_
 from gossamer.digits import TEST_IMAGES, TextbookCNN, digits, max_pool
 from gossamer.formats import Int8
+from gossamer.fuse import fuse
 from gossamer.prune import prune_
 
 QUICK = demo.Settings(dense_epochs=2, prune_epochs=3, rounds=2)
@@ -49,6 +51,18 @@ def test_the_model_is_the_textbook_one():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     x = torch.randn(2, 5, 8, 6)
     assert torch.equal(max_pool(x), torch.nn.functional.max_pool2d(x, 2))
+
+
+def test_the_model_can_be_fused():
+    model, x = TextbookCNN().eval(), torch.randn(3, 3, 32, 32)
+    with calibrate(model):
+        model(x)
+    static = {"conv*": Int8(activations="static"), "*": Int8()}
+    compress_(model, static)
+    fused = fuse(model, example_inputs=(x,))
+    assert {row.name: row.gives for row in fused.report.rows}["conv1"] == "int8"
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_the_test_images_are_held_out_stratified_and_always_the_same():
