@@ -116,6 +116,24 @@ def test_stages_survive_copies_and_edits() -> None:
     assert same_bits(run(twin, many), want + 1)
 
 
+def test_an_edited_graph_gets_the_batch_as_it_comes() -> None:
+    x = images(1)
+    fused = gs.fuse(static(Narrow(), x), x)
+    many = images(9)
+    want = run(fused, many)
+    (output,) = fused.graph.find_nodes(op="output")
+    with fused.graph.inserting_before(output):
+        centred = fused.graph.call_function(_centred, (output.args[0],))
+    output.args = (centred,)
+    fused.recompile()
+    assert same_bits(run(fused, many), _centred(want))
+    assert batches(fused, many) == [9]
+
+
+def _centred(y: Tensor) -> Tensor:
+    return y - y.mean(0)
+
+
 class Reads(nn.Module):
     """A convolution, then something else."""
 

@@ -90,7 +90,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     fused.delete_all_unused_submodules()
     fused.recompile()
     images = images_at_once(graph) if alone else {}
-    fused.meta.update(report=report_of(graph), images=images)
+    fused.meta.update(report=report_of(graph), images=images, images_of=fused.code)
     for node in graph.nodes:
         node.meta.clear()
     return fused

@@ -24,7 +24,8 @@ _Stage = tuple[Callable[..., Any], int]  # what runs it, and the images that it 
 def staged(root: fx.GraphModule, forward: Callable[..., Any]) -> Callable[..., Any]:
     """A graph's forward as it runs where no compiler looks; the stages are in meta["images"].
 
-    Of large batches, each thread has an image of its own at least.
+    They hold for the code of meta["images_of"]: an edited graph gets the batch as it comes. Of
+    large batches, each thread has an image of its own at least.
     """
     cls: Any = type(root)
     cls._chains = []
@@ -36,7 +37,7 @@ def staged(root: fx.GraphModule, forward: Callable[..., Any]) -> Callable[..., A
     def run(self: fx.GraphModule, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *inputs, **named)
-        images = self.meta.get("images")
+        images = self.meta.get("images") if self.code == self.meta.get("images_of") else None
         batch = _batch([*inputs, *named.values()]) if images else 0
         if not images or batch <= _at_once(_first(images)):
             return whole(self, *inputs, **named)
