@@ -2,7 +2,8 @@
 
 Layer by layer, all images of a batch would go through memory at each. ResNet-50, batch 16, one
 thread: 849 -> 514 ms with fp32 weights at 90 % zeros, 143 -> 131 with 1x4 int8, 404 -> 394 dense.
-Where values have become small, pieces join: layers of few pixels have large weights.
+Where values have become small, pieces join: layers of few pixels have large weights (382 -> 363 ms
+with sparse fp32, 389 -> 379 dense int8).
 """
 
 from __future__ import annotations
