@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fused_nets import (
     EVERY_STATIC,
+    STATIC,
     Block,
     Chain,
     Dense,
@@ -112,6 +113,45 @@ def test_max_pooling(pool: nn.Module, size: int) -> None:
     fused = gs.fuse(model, x)
     assert gives(fused)["1_image" if "1_image" in gives(fused) else "_1_image"] == "int8"
     assert same_bits(run(fused, x), run(model, x))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, lambda: nn.ReLU(inplace=True)])
+@pytest.mark.parametrize("format", [*STATIC, gs.Int8(), gs.Sparse()], ids=str)
+def test_an_activation_behind_a_pool_goes_into_the_layer_before_it(act: Any, format: Any) -> None:
+    x = images(size=12)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.MaxPool2d(3, 2, 1), act(), nn.Conv2d(6, 4, 1))
+    model = static(net, x, format)
+    fused = gs.fuse(model, x)
+    rows = [row for row in fused.report if row.runs.startswith("Conv2d")]
+    assert [row.fused for row in rows] == [type(act()).__name__, ""]
+    assert len(fused.report.rows) <= 5 and not any("elu" in row.runs for row in fused.report)
+    assert same_bits(run(fused, x), run(model, x))
+    x[0, 0, 0, 0] = torch.nan
+    if format in (gs.Sparse(), gs.Int8()):
+        assert same_bits(run(fused, x), run(model, x))
+
+
+def test_what_others_read_keeps_its_activation_behind_the_pool() -> None:
+    class Net(nn.Module):
+        def __init__(self, of: Any) -> None:
+            super().__init__()
+            self.a, self.b, self.of = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), of
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.of(self.a(x)))
+            return y
+
+    x = images(size=12)
+    for of in (
+        lambda y: F.relu(F.max_pool2d(y, 2)) + F.avg_pool2d(y, 2),
+        lambda y: F.relu(z := F.max_pool2d(y, 2)) - z,
+        lambda y: F.hardswish(F.max_pool2d(y, 2)),
+        lambda y: F.relu(F.max_pool2d(F.silu(y), 2)),
+    ):
+        model = static(Net(of), x)
+        fused = gs.fuse(model, x)
+        assert next(row for row in fused.report if row.name == "a").fused in ("", "silu")
+        torch.testing.assert_close(run(fused, x), run(model, x), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize(

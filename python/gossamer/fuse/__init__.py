@@ -25,7 +25,8 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     """The same function with fewer passes over memory: a new module, made by torch.fx.
 
     - BatchNorm in eval mode goes into the packed (or dense) layer before it, of any format.
-    - ReLU, ReLU6, SiLU, Hardswish and exact GELU become the activation of the packed layer before.
+    - ReLU, ReLU6, SiLU, Hardswish and exact GELU become the activation of the packed layer before,
+      the first two also across a max-pool.
     - Packed linear layers of one format that read the same tensor, such as the query, key and value
       of attention, become one layer, and its result is cut in slices.
     - `gs.Sparse()` layers add a residual inside, with the activation behind the sum. A dense
