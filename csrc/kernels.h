@@ -106,7 +106,7 @@ using Block = Affine(const FloatImage& x, Affine given, Range pixels, uint8_t* q
 // Blocks of four channels of one image.
 using Unblock = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels,
                      Range blocks, gossamer_dtype dtype, void* y);
-// Output pixels of one image, at most kMaxPixels.
+// Rows of the output of one image. Scratch: pool_line words.
 using MaxPool = void(const uint8_t* q, const gossamer_conv& conv, Range rows, uint8_t* y,
                      void* scratch);
 // No operator: what bounds them, for benchmarks. -> operations or bytes; `mean` of the loop's sums.

@@ -91,15 +91,10 @@ def test_a_joined_piece_is_not_written_to_twice() -> None:
     x = images(1)
     fused = gs.fuse(static(Narrow(last=False), x), x)
     many = images(9)
-    before, want = many.clone(), torch.cat([run(fused, one) for one in images_of(many)])
+    before, want = many.clone(), torch.cat([run(fused, one) for one in many.split(1)])
     for _ in range(2):
         assert same_bits(run(fused, many), want)
     assert same_bits(many, before)
-
-
-def images_of(x: Tensor) -> list[Tensor]:
-    """Each image alone."""
-    return list(x.split(1))
 
 
 def test_stages_survive_copies_and_edits() -> None:

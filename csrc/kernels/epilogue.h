@@ -99,6 +99,14 @@ static inline auto load_every_other(const T* p, int count) {
   return every_other(low, high);
 }
 
+// p[0], p[stride], p[2 * stride], ... likewise.
+template <typename T>
+static inline auto load_apart(const T* p, int64_t stride, int64_t count) {
+  T line[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) line[i] = p[i * stride];
+  return load(line);
+}
+
 // kLanes neighbouring outputs (fewer at the end of a row): what is loaded once for all rows of a
 // tile.
 struct Outputs {

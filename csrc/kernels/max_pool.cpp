@@ -10,20 +10,17 @@
 // Tails: masked loads and stores; behind the last column the line holds what nobody reads.
 // Numerics: moves bytes only.
 
-#include "pixels.h"
+#include "epilogue.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
 
 namespace {
 
-// The first `count` of words that are `stride` apart.
-I32 load_apart(const int32_t* words, int64_t stride, int count) {
+// The first `count` of words that are `stride` apart; where that costs nothing, more.
+I32 load_strided(const int32_t* words, int64_t stride, int count) {
   if (stride == 1) return load(words);
-  if (stride == 2) return load_every_other(words, kLanes);
-  int32_t apart[kLanes] = {};
-  for (int i = 0; i < count; ++i) apart[i] = words[i * stride];
-  return load(apart);
+  return stride == 2 ? load_every_other(words, kLanes) : load_apart(words, stride, count);
 }
 
 }  // namespace
@@ -51,7 +48,7 @@ void max_pool(const uint8_t* q, const gossamer_conv& c, Range rows, uint8_t* y, 
         I32 largest = set(int32_t{0});
         for (int64_t j = 0; j < c.kernel_w; ++j) {
           const int32_t* at = line + column * c.stride_w + j * c.dilation_w;
-          largest = max_bytes(largest, load_apart(at, c.stride_w, left));
+          largest = max_bytes(largest, load_strided(at, c.stride_w, left));
         }
         store_some(to + column, largest, left);
       }

@@ -199,13 +199,6 @@ class Pixels {
   }
 
   template <typename T>
-  static F32 load_apart(const T* from, int64_t stride, int64_t count) {
-    T line[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) line[i] = from[i * stride];
-    return load(line);
-  }
-
-  template <typename T>
   void pack_channels(const T* images, int64_t i, int64_t j, Range channels, float* panel) const {
     const T* pixels[kMaxLanes] = {};
     const int64_t pixel = conv_.channels;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,12 @@ def only_reader(node: fx.Node) -> fx.Node | None:
     read: list[fx.Node] = []
     fx.map_arg((readers[0].args, readers[0].kwargs), read.append)
     return readers[0] if read.count(node) == 1 else None
+
+
+def alive(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those of a graph's first nodes that later ones read."""
+    own = set(nodes)
+    return [node for node in nodes if not own.issuperset(node.users)]
 
 
 def activation(node: fx.Node) -> str | None:

@@ -21,7 +21,7 @@ from gossamer.layers import Conv2d, Linear
 
 from .floats import PooledConv2d
 from .graph import seen
-from .match import activation, addends, image_op, module_of, shape_read, source
+from .match import activation, addends, alive, image_op, module_of, shape_read, source
 from .rows import in_bytes
 
 # The largest value of a piece; a core's L2 has 0.5 to 2 MB, what cores share more.
@@ -59,24 +59,19 @@ def images_at_once(graph: fx.Graph) -> dict[str, int]:
     linear layers have, which it reads anew.
     """
     nodes, int8 = list(graph.nodes)[:-1], in_bytes(graph)
-    places = {node: place for place, node in enumerate(nodes)}
-    last = [max((places.get(user, len(nodes)) for user in node.users), default=0) for node in nodes]
     inputs = [node for node in nodes if node.op == "placeholder"]
-    sizes = [max(1, _bytes_an_image(node, int8)) for node in nodes]
-
-    def alive(begin: int) -> list[int]:
-        return [place for place in range(begin) if last[place] >= begin]
-
-    starts, largest = [0], max(sizes)
+    sizes = {node: max(1, _bytes_an_image(node, int8)) for node in nodes}
+    starts, largest = [0], max(sizes.values())
     for begin in range(len(inputs), len(nodes)):
-        batches = {seen(nodes[place]).shape[:1] for place in alive(begin)}
-        later = max(sizes[begin:] + [sizes[place] for place in alive(begin)])
+        left = alive(nodes[:begin])
+        later = max(sizes[node] for node in [*left, *nodes[begin:]])
+        batches = {seen(node).shape[:1] for node in left}
         if _JOIN * later <= min(largest, _BYTES) and batches == {seen(inputs[0]).shape[:1]}:
             starts.append(begin)
             largest = later
     images = {}
     for begin, end in itertools.pairwise([*starts, len(nodes)]):
-        own = sizes[begin:end] + [sizes[place] for place in alive(begin)]
+        own = [sizes[node] for node in [*alive(nodes[:begin]), *nodes[begin:end]]]
         weights = sum(map(_linear_bytes, nodes[begin:end]))
         images[nodes[begin].name] = max(1, _BYTES // max(own), math.ceil(4 * weights / sum(own)))
     return images

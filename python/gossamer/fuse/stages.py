@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree
 
 from .chain import shortened
+from .match import alive
 
 _Stage = tuple[Callable[..., Any], int]  # what runs it, and the images that it takes at once
 
@@ -56,19 +57,13 @@ def _stages(root: fx.GraphModule, images: dict[str, int]) -> list[_Stage]:
     found = []
     for begin, end in itertools.pairwise([*starts, len(nodes)]):
         graph = fx.Graph(root)
-        twins = {node: graph.placeholder(node.name) for node in _alive(nodes[:begin])}
+        twins = {node: graph.placeholder(node.name) for node in alive(nodes[:begin])}
         for node in nodes[begin:end]:
             twins[node] = graph.node_copy(node, twins.__getitem__)
         if end < len(nodes):
-            graph.output(tuple(twins[node] for node in _alive(nodes[:end])))
+            graph.output(tuple(twins[node] for node in alive(nodes[:end])))
         found.append((shortened(root, graph), starts[begin]))
     return found
-
-
-def _alive(nodes: list[fx.Node]) -> list[fx.Node]:
-    """Those of a graph's first nodes that later ones read."""
-    own = set(nodes)
-    return [node for node in nodes if not own.issuperset(node.users)]
 
 
 def _run(
