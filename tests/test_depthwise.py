@@ -76,6 +76,9 @@ def test_bytes_and_floats(isa: str, case: ImageCase, activation: str) -> None:
         assert_close(got, steps, torch.tensor(0.5 + 1e-3))
         assert channels % 4 == 0 or (y[:, -1, ..., channels % 4 :] == Y_AFFINE[1]).all()
     floats = packed.matmul(case.x(), bias, activation, conv)
+    for planar, form in ((True, torch.contiguous_format), (False, torch.channels_last)):
+        y = packed.convolve(q, bias, place, case.conv(planar), None)
+        assert same_bits(y, floats) and y.is_contiguous(memory_format=form)
     assert same_bits(ops.block(floats, Y_AFFINE), packed.convolve(q, bias, place, conv, Y_AFFINE))
 
 
@@ -134,6 +137,10 @@ def test_the_operators_of_gpus_have_the_same_bits(case: ImageCase) -> None:
             near = older.conv_int8(q, *more, *tail, packed.k, place, conv)
             assert (near.int() - want.int()).abs().max() <= 1
         floats = packed.matmul(x, bias, ops.ACTIVATIONS[place], conv)
+        own = twins.conv_int8(q, weight, *head, None, None, None, place, conv)
+        assert same_bits(own, floats)
+        near = older.conv_int8(q, *more, None, None, None, packed.k, place, conv)
+        torch.testing.assert_close(near, floats, rtol=1e-4, atol=1e-4)
         assert same_bits(twins.gemm_int8(x, weight, *head, place, conv), floats)
     ill = x.clone()
     ill[0, n - 1, 0, 0] = torch.nan

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from products import INT8_STEMS, integers
+from products import INT8_STEMS, integers, same_bits
 from torch import Tensor
 
 import gossamer as gs
@@ -151,6 +151,19 @@ def test_bytes_are_those_of_floats_that_are_quantized(isa: str, stem: str, activ
             assert torch.equal(y, ops.block(floats, Y_AFFINE)), str(case)
 
 
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("stem", INT8_STEMS)
+def test_bytes_to_floats(isa: str, stem: str, activation: str) -> None:
+    for case in CASES["conv_int8"]:
+        packed = packed_conv(stem, case)
+        q, bias = image_of(packed, case), Case(case.name, 1, 1, OUTPUTS).bias()
+        x, place = ops.unblock(q, packed.x_affine, case.shape[1]), ops.activation_index(activation)
+        for planar, form in ((True, torch.contiguous_format), (False, torch.channels_last)):
+            y = packed.convolve(q, bias, place, case.conv(planar), None)
+            assert y.is_contiguous(memory_format=form)
+            assert same_bits(y, packed.matmul(x, bias, activation, case.conv(planar))), str(case)
+
+
 @pytest.mark.parametrize("stem", INT8_STEMS)
 def test_contiguous_and_channels_last_have_the_same_bits(isa: str, stem: str) -> None:
     for case in CASES["conv_int8"]:
@@ -217,6 +230,9 @@ def test_opcheck_of_images(stem: str) -> None:
         tail = (None, Y_AFFINE, residual_of(y), R_AFFINE, packed.k, 2, conv)
         op = ops._conv_int8 if stem == "gemm_int8" else ops._conv_spmm_int8
         torch.library.opcheck(op, (q, *weight, *tail))
+        floats = (None, None, None, None, packed.k, 2)
+        for planar in (True, False):
+            torch.library.opcheck(op, (q, *weight, *floats, case.conv(planar)))
         over = ops._conv_int8_ if stem == "gemm_int8" else ops._conv_spmm_int8_
         torch.library.opcheck(over, (q, *weight, *tail))
         torch.library.opcheck(ops._block, (x, AFFINE))
@@ -242,6 +258,8 @@ def test_refusals() -> None:
             packed.convolve(q, None, 0, conv, Y_AFFINE, bad, R_AFFINE)
     with pytest.raises(RuntimeError, match="needs its residual_affine"):
         packed.convolve(q, None, 0, conv, Y_AFFINE, y)
+    with pytest.raises(RuntimeError, match="for results in bytes: it needs y_affine"):
+        packed.convolve(q, None, 0, conv, None, y, R_AFFINE)
     for affine, message in (
         (torch.tensor([0.0, 1.0]), "y_affine has scale .*: not positive"),
         (torch.tensor([torch.nan, 1.0]), "y_affine has scale .*: not positive"),

@@ -72,6 +72,10 @@ def test_convolution_has_the_bytes_of_the_cpu(stem: str, case: ImageCase) -> Non
     tail = (conv, Y_AFFINE, residual_of(want), R_AFFINE)
     want = packed.convolve(q, None, 0, *tail)
     assert torch.equal(run(moved.convolve, q, None, 0, *tail), want)
+    for planar, form in ((True, torch.contiguous_format), (False, torch.channels_last)):
+        want = packed.convolve(q, bias, 1, case.conv(planar), None)
+        got = run(moved.convolve, q, bias, 1, case.conv(planar), None)
+        assert torch.equal(got, want) and got.is_contiguous(memory_format=form)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
@@ -108,6 +112,8 @@ def test_refusals() -> None:
             run(packed.convolve, q, None, 0, conv, Y_AFFINE, bad, R_AFFINE)
     with pytest.raises(RuntimeError, match="needs its residual_affine"):
         run(packed.convolve, q, None, 0, conv, Y_AFFINE, y)
+    with pytest.raises(RuntimeError, match="for results in bytes: it needs y_affine"):
+        run(packed.convolve, q, None, 0, conv, None, y, R_AFFINE)
     with pytest.raises(RuntimeError, match="has 16 columns, the weight k=8"):
         run(packed.convolve, torch.cat([q, q], 1), None, 0, conv, Y_AFFINE)
     with pytest.raises(RuntimeError, match="does not hold 9 channels"):

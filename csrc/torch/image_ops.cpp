@@ -48,23 +48,32 @@ struct Blocked {
 };
 
 // What both convolutions share behind their weights: x_affine, bias, y_affine, residual,
-// residual_affine, k, activation, conv. `multiply` gets input, k and output of the C ABI.
+// residual_affine, k, activation, conv. Without y_affine the result is float32, laid out as conv
+// says. `multiply` gets input, k and output of the C ABI.
 template <bool kInPlace, typename Multiply>
 void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue* stack,
                  Multiply multiply) {
   const int32_t floats = aoti_torch_dtype_float32();
   const Affine x_affine(arguments.weight("x_affine", floats, 2), "x_affine");
   const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
-  const Affine y_affine(arguments.weight("y_affine", floats, 2), "y_affine");
+  const std::vector<Tensor> bytes = arguments.optional_floats("y_affine", 2);
   std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
   const std::vector<Tensor> range = arguments.optional_floats("residual_affine", 2);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Blocked input(q, x_affine.scale, x_affine.zero);
-  input.convolve(q, arguments.integers());
-  const Layout layout = input.result(n);
-  gossamer_blocked blocked{y_affine.scale, y_affine.zero, nullptr, 0, 0};
+  const std::vector<int64_t> geometry = arguments.integers();
+  input.convolve(q, geometry);
+  const bool planar = bytes.empty() && geometry.back() != 0;
+  const Layout layout =
+      bytes.empty() ? image_layout(input.conv, n, planar, floats) : input.result(n);
+  gossamer_blocked blocked{};
+  if (!bytes.empty()) {
+    const Affine affine(bytes[0], "y_affine");
+    blocked.scale = affine.scale, blocked.zero = affine.zero;
+  }
   if (!residual.empty()) {
+    if (bytes.empty()) fail("a residual is for results in bytes: it needs y_affine");
     blocked.residual = static_cast<const uint8_t*>(residual_of(residual, layout));
     if (range.empty()) fail("a residual needs its residual_affine");
     const Affine affine(range[0], "residual_affine");
@@ -72,7 +81,8 @@ void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue*
   }
   if (kInPlace) require_apart(residual[0], q);
   Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
-  const gossamer_output output{y.data, n, 0, floats_of(bias), activation, &blocked, nullptr};
+  const gossamer_output output{
+      y.data, n, planar, floats_of(bias), activation, bytes.empty() ? nullptr : &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));
   if (!kInPlace) stack[0] = y.release();
 }

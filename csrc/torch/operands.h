@@ -109,6 +109,13 @@ inline gossamer_conv conv_of(int64_t n, int64_t c, int64_t h, int64_t w,
           out(w, g[8] + g[9], g[1], g[3], g[5])};
 }
 
+// A result of n channels in floats: contiguous if planar, else channels_last.
+inline Layout image_layout(const gossamer_conv& c, int64_t n, bool planar, int32_t dtype) {
+  const int64_t h = c.out_h > 0 ? c.out_h : 0, w = c.out_w > 0 ? c.out_w : 0, plane = h * w;
+  if (planar) return {{c.images, n, h, w}, {n * plane, plane, w, 1}, dtype};
+  return {{c.images, n, h, w}, {n * plane, 1, w * n, n}, dtype};
+}
+
 // x as the C ABI reads it: rows, or an image under a convolution.
 struct Input {
   gossamer_input view;

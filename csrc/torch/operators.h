@@ -10,9 +10,9 @@ namespace gossamer {
 template <bool kInPlace>
 constexpr const char* kSpmm = kInPlace ? "TTTTTITOIIP" : "TTTTTIOOIIP";
 template <bool kInPlace>
-constexpr const char* kConvInt8 = kInPlace ? "TTTTTOTTOIIL" : "TTTTTOTOOIIL";
+constexpr const char* kConvInt8 = kInPlace ? "TTTTTOOTOIIL" : "TTTTTOOOOIIL";
 template <bool kInPlace>
-constexpr const char* kConvSpmmInt8 = kInPlace ? "TTTTTTTTOTTOIIL" : "TTTTTTTTOTOOIIL";
+constexpr const char* kConvSpmmInt8 = kInPlace ? "TTTTTTTTOOTOIIL" : "TTTTTTTTOOOOIIL";
 constexpr const char* kMaxPool = "TLLLL";
 
 template <bool kInPlace>

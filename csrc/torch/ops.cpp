@@ -31,10 +31,7 @@ Layout result(const Tensor& x, const Input& input, int64_t n) {
     }
     return {sizes, strides, x.dtype};
   }
-  const gossamer_conv& c = input.conv;
-  const int64_t h = c.out_h > 0 ? c.out_h : 0, w = c.out_w > 0 ? c.out_w : 0, plane = h * w;
-  if (input.planar) return {{c.images, n, h, w}, {n * plane, plane, w, 1}, x.dtype};
-  return {{c.images, n, h, w}, {n * plane, 1, w * n, n}, x.dtype};
+  return image_layout(input.conv, n, input.planar, x.dtype);
 }
 
 // What all products share: their tail arguments (bias, k, activation, conv), and the result.
@@ -224,9 +221,9 @@ struct Operator {
 #define PRODUCT_TAIL TAIL " -> Tensor"
 #define INDEX "Tensor columns, Tensor rows, Tensor cells, "
 #define SPMM(residual) "Tensor x, Tensor values, " INDEX "int n, " residual " residual, " TAIL
-#define IMAGES(residual)                                      \
-  "Tensor x_affine, Tensor? bias, Tensor y_affine, " residual \
-  " residual, Tensor? "                                       \
+#define IMAGES(residual)                                       \
+  "Tensor x_affine, Tensor? bias, Tensor? y_affine, " residual \
+  " residual, Tensor? "                                        \
   "residual_affine, int k, int activation, int[] conv)"
 #define CONV_INT8(residual) "Tensor q, Tensor panels, Tensor scale, Tensor wsum, " IMAGES(residual)
 #define CONV_SPMM_INT8(residual) \

@@ -75,6 +75,12 @@ def _blocked(q: Tensor, channels: int, height: int, width: int) -> Tensor:
     return q.new_empty((q.shape[0], -(-channels // 4), height, width, 4), dtype=torch.uint8)
 
 
+def _convolved(q: Tensor, y_affine: Tensor | None, n: int, conv: list[int]) -> Tensor:
+    if y_affine is not None:
+        return _blocked(q, n, *_conv_shape(q[..., 0], conv))
+    return _product_like(q[..., 0].float(), n, conv)
+
+
 @torch.library.register_fake("gossamer::block")
 def _(x, affine):
     return _blocked(x, *x.shape[1:])
@@ -94,12 +100,12 @@ def _(q, kernel, stride, padding, dilation):
 
 @torch.library.register_fake("gossamer::conv_int8")
 def _(q, panels, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
-    return _blocked(q, scale.shape[0], *_conv_shape(q[..., 0], conv))
+    return _convolved(q, y, scale.shape[0], conv)
 
 
 @torch.library.register_fake("gossamer::conv_spmm_int8")
 def _(q, v, c, r, e, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
-    return _blocked(q, scale.shape[0], *_conv_shape(q[..., 0], conv))
+    return _convolved(q, y, scale.shape[0], conv)
 
 
 @torch.library.register_fake("gossamer::conv_int8_")

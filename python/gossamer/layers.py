@@ -317,7 +317,7 @@ class Conv2d(_Layer):
     def convolve(
         self,
         x: Tensor,
-        y_affine: Tensor,
+        y_affine: Tensor | None,
         residual: Tensor | None = None,
         residual_affine: Tensor | None = None,
         reuse: bool = False,
@@ -326,7 +326,7 @@ class Conv2d(_Layer):
 
         Args:
             x: as `ops.block` makes it, quantized by the layer's own range.
-            y_affine: (2) float32, scale and zero point of the result.
+            y_affine: (2) float32, scale and zero point of the result; None: float32, contiguous.
             residual, residual_affine: an image of the result's shape, and its scale and zero point.
             reuse: as in `ops.conv_int8`.
         """

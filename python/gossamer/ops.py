@@ -343,7 +343,7 @@ def conv_int8(
     wsum: Tensor,
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
     k: int,
@@ -355,7 +355,8 @@ def conv_int8(
     """y = act(conv(q, w) + bias + residual), all images blocked; w dense int8 in panels.
 
     Args:
-        q, x_affine, y_affine: a blocked image and its numbers, and those of y.
+        q, x_affine, y_affine: a blocked image and its numbers, and those of y; where they are None
+            y is (images, n, out height, out width) float32, and takes no residual.
         residual, residual_affine: a blocked image of y's shape, or None.
         panels, scale, wsum, bias, k, activation, conv: as in `gemm_int8`.
         reuse: nobody reads the residual later: y may take its memory.
@@ -379,7 +380,7 @@ def conv_spmm_int8(
     wsum: Tensor,
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
     k: int,

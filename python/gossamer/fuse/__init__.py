@@ -34,7 +34,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     - Between static convolutions (`gs.Int8(activations="static")`, `gs.SparseInt8(...)`) values
       stay 8 bits, in one layout; an addition becomes the residual of the convolution before it,
       max-pooling, concatenation, nearest upsampling and ReLU move bytes, and means over all pixels
-      sum bytes. Everything else gets floats.
+      sum bytes. Everything else gets floats, from the last convolution before it.
 
     A value between two static convolutions has the scale that the reader quantizes by, so that
     conv, activation, max-pooling, conv give the bits of the unfused model. Where BatchNorm was

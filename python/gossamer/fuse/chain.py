@@ -20,7 +20,7 @@ from torch.nn.modules import module as modules
 from gossamer import ops
 from gossamer.layers import Conv2d
 
-from .images import ImageConv2d, ImageMaxPool2d
+from .images import ImageConv2d, ImageMaxPool2d, gives_floats
 from .match import module_of
 
 # As chain.cpp has them.
@@ -164,9 +164,9 @@ def _add_image(plan: _Plan, image: ImageConv2d, link: _Link, planar: int) -> Non
     plan.calls += [_NEXT] * len(names)
     _read(plan, packed._buffers, *names)
     bias = _optional(plan, layer._buffers, "bias")
-    _read(plan, image._buffers, "y_affine")
+    y_affine = _optional(plan, image._buffers, "y_affine")
     affine = _optional(plan, image._buffers, "residual_affine")
-    plan.calls += [bias, _NEXT, link.residual, affine]
+    plan.calls += [bias, y_affine, link.residual, affine]
     _add_tail(plan, layer, planar)
 
 
@@ -230,7 +230,8 @@ def _kind(module: Any) -> str:
         alone = packed.kernel == "spmm" and not packed.trainable and module._outside is None
         return "floats" if alone else ""
     if type(module) is ImageConv2d:
-        return "images" if _stem(module.layer.packed) in _STEMS else ""
+        narrow = gives_floats(module) and module.dtype != torch.float32
+        return "images" if _stem(module.layer.packed) in _STEMS and not narrow else ""
     return "images" if type(module) is ImageMaxPool2d and not module.pool.ceil_mode else ""
 
 

@@ -18,6 +18,7 @@ from gossamer import ops, reference
 from gossamer.layers import Conv2d, Linear
 
 from .graph import absorb, add_module, own_layer, seen
+from .images import gives_floats
 from .match import (
     MaxPool,
     activation,
@@ -153,7 +154,7 @@ def _add(node: fx.Node) -> None:
     ends = [(own, other) for own, other in ((a, b), (b, a)) if _may_hold(own, other, node)]
     for own, other in ends:
         layer: Any = module_of(own)
-        if layer.packed.adds and layer.activation == "none":
+        if not gives_floats(layer) and layer.packed.adds and layer.activation == "none":
             _add_inside(layer, own, other, node)
             return
     if ends:
@@ -162,9 +163,10 @@ def _add(node: fx.Node) -> None:
 
 def _may_hold(own: fx.Node, other: fx.Node, add: fx.Node) -> bool:
     """Whether a packed layer's result becomes the sum, and is nothing else's."""
-    packed = isinstance(module_of(own), Conv2d | Linear) and not own_layer(own)
+    module = module_of(own)
+    packed = isinstance(module, Conv2d | Linear) and not own_layer(own)
     alike = seen(own).shape == seen(other).shape and seen(own).dtype == seen(other).dtype
-    return packed and alike and only_reader(own) is add
+    return (packed or gives_floats(module)) and alike and only_reader(own) is add
 
 
 def _add_inside(layer: Conv2d | Linear, own: fx.Node, other: fx.Node, add: fx.Node) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.dtypes import KeepsDtypes
@@ -60,28 +60,40 @@ class ToFloat(KeepsDtypes):
 
 
 class ImageConv2d(KeepsDtypes):
-    """y = activation(conv2d(x, w) + bias + residual), bytes in and out."""
+    """y = activation(conv2d(x, w) + bias + residual), bytes in and out; floats without y_affine.
+
+    Those are of the dtype that the model had here in the example, contiguous.
+    """
 
     layer: Conv2d
-    y_affine: Tensor
+    y_affine: Tensor | None
     residual_affine: Tensor | None
 
     def __init__(
-        self, layer: Conv2d, y_affine: Tensor, residual_affine: Tensor | None = None
+        self,
+        layer: Conv2d,
+        y_affine: Tensor | None,
+        residual_affine: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.layer = layer
-        self.register_buffer("y_affine", y_affine.clone())
-        residual = None if residual_affine is None else residual_affine.clone()
-        self.register_buffer("residual_affine", residual)
+        self.layer, self.dtype = layer, dtype
+        for name, affine in (("y_affine", y_affine), ("residual_affine", residual_affine)):
+            self.register_buffer(name, None if affine is None else affine.clone())
 
     def forward(self, x: Tensor, residual: Tensor | None = None, reuse: bool = False) -> Tensor:
         """All sums in int32, one rounding at the end; `reuse` as in `ops.conv_int8`."""
         # Not through nn.Module's slow path, as in gs.Linear: a network calls this fifty times.
         layer: Any = self._modules["layer"]
         buffers = self._buffers
-        addend = (residual, buffers["residual_affine"], reuse)
-        return layer.convolve(x, buffers["y_affine"], *addend)
+        y_affine, addend = buffers["y_affine"], (residual, buffers["residual_affine"], reuse)
+        y = layer.convolve(x, y_affine, *addend)
+        return y if y_affine is not None else y.to(self.dtype)
+
+
+def gives_floats(module: nn.Module | None) -> bool:
+    """Whether it is a convolution of bytes to floats."""
+    return isinstance(module, ImageConv2d) and module.y_affine is None
 
 
 class ImageMaxPool2d(KeepsDtypes):

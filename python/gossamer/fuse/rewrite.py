@@ -47,7 +47,7 @@ class _Rewriter:
                     self.images[node] = self._image(node)
                 elif isinstance(plan.ops.get(node), PixelMean) and source(node) in self.images:
                     self._mean(node)
-                elif node not in inside:
+                elif node not in inside and not self._to_floats(node):
                     self._read_floats(node)
         for node in reversed(list(self.graph.nodes)):
             if node in plan.int8 or node in inside:
@@ -86,6 +86,16 @@ class _Rewriter:
         self.fused.set_submodule(str(conv.target), ImageConv2d(layer, affine, own))
         image = self.graph.call_module(str(conv.target), tuple(operands))
         return self._stands_for(image, conv)
+
+    def _to_floats(self, node: fx.Node) -> bool:
+        """Makes a convolution whose readers want floats read bytes, if there are any."""
+        layer, before = static_conv(node), source(node)
+        if layer is None or before not in self.images:
+            return False
+        image = ImageConv2d(layer, None, dtype=seen(node).dtype or torch.float32)
+        self.fused.set_submodule(str(node.target), image)
+        node.args, node.kwargs = (self.images[before],), {}
+        return True
 
     def _mean(self, node: fx.Node) -> None:
         """Replaces a mean of bytes by one that gives floats."""

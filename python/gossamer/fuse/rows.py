@@ -13,7 +13,15 @@ from gossamer.layers import Conv2d, Linear, unsupported
 from gossamer.report import Report
 
 from .graph import own_layer, seen
-from .images import ImageConv2d, ImageMaxPool2d, ImageRelu, ImageUpsample, ToFloat, ToInt8
+from .images import (
+    ImageConv2d,
+    ImageMaxPool2d,
+    ImageRelu,
+    ImageUpsample,
+    ToFloat,
+    ToInt8,
+    gives_floats,
+)
 from .match import label, module_of, title, titles
 
 _BYTES = (ImageConv2d, ImageMaxPool2d, ImageRelu, ImageUpsample, ToInt8)
@@ -81,7 +89,8 @@ def in_bytes(graph: fx.Graph) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for node in graph.nodes:
         moved = node.target is torch.cat and found.issuperset(node.all_input_nodes)
-        if moved or isinstance(module_of(node), _BYTES):
+        module = module_of(node)
+        if moved or (isinstance(module, _BYTES) and not gives_floats(module)):
             found.add(node)
     return found
 
@@ -112,12 +121,12 @@ def _why_not(node: fx.Node, module: nn.Module | None) -> str:
     """What a reader of the table would ask of a node that runs in floats."""
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return unsupported(module) or "depthwise: Int8(activations='static') would keep 8 bits"
-    if isinstance(module, Conv2d) and module.packed.static:
-        if not module.takes_images:
-            return f"padding_mode={module.padding_mode!r} pads floats"
-        if not own_layer(node):
-            readers = titles(node.users)
-            return f"gives fp32: {readers} {'reads' if len(node.users) == 1 else 'read'} it so"
+    static = isinstance(module, Conv2d) and module.packed.static
+    if isinstance(module, Conv2d) and static and not module.takes_images:
+        return f"padding_mode={module.padding_mode!r} pads floats"
+    if gives_floats(module) or (static and not own_layer(node)):
+        readers = titles(node.users)
+        return f"gives fp32: {readers} {'reads' if len(node.users) == 1 else 'read'} it so"
     if isinstance(module, ToFloat):
         return "for " + titles(node.users)
     return ""

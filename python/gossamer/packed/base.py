@@ -268,12 +268,12 @@ class Packed(nn.Module):
         bias: Tensor | None,
         activation: int,
         conv: list[int],
-        y_affine: Tensor,
+        y_affine: Tensor | None,
         residual: Tensor | None = None,
         residual_affine: Tensor | None = None,
         reuse: bool = False,
     ) -> Tensor:
-        """y = activation(conv(q, w) + bias + residual) between blocked images.
+        """y = activation(conv(q, w) + bias + residual) of blocked images.
 
         Of static int8 formats only: the scale and zero point of q are this weight's x_affine.
         Arguments as in `gossamer.ops.conv_int8`.

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .epilogue import activate, finish
-from .operands import Result, Rows, image_rows, launch
+from .operands import Result, Rows, image_rows, launch, result_of
 from .quantize_rows import SIGNED, bytes_of
 
 FLIP = tl.constexpr(-0x7F7F7F80)  # 0x80808080: four bytes less 128 each
@@ -91,10 +91,23 @@ def turned(q: Tensor, affine: Tensor, k: int, conv: list[int]) -> tuple[Rows, Te
     return rows, scale, zero, max(rows.m, 1)
 
 
-def blocked_result(
-    q: Tensor, n: int, rows: Rows, residual: Tensor | None, residual_affine: Tensor | None
+def image_result(
+    q: Tensor,
+    n: int,
+    rows: Rows,
+    conv: list[int],
+    y_affine: Tensor | None,
+    residual: Tensor | None,
+    residual_affine: Tensor | None,
 ) -> Result:
-    """An empty result of n channels, in words, and its steps; RuntimeError for another residual."""
+    """An empty result of n channels, in words or, without y_affine, floats, and its steps.
+
+    RuntimeError for a residual that does not fit.
+    """
+    if y_affine is None:
+        if residual is not None:
+            raise RuntimeError("a residual is for results in bytes: it needs y_affine")
+        return result_of(q, n, rows, conv, torch.float32)
     height, width = rows.plane // max(rows.width, 1), rows.width
     y = torch.empty((q.shape[0], -(-n // 4), height, width), dtype=torch.int32, device=q.device)
     if residual is not None:
@@ -108,9 +121,9 @@ def blocked_result(
     return Result(y, y.shape[1] * rows.plane, 1, rows.plane)
 
 
-def bytes_in(words: Tensor) -> Tensor:
-    """The blocked image that these words are."""
-    return words.unsqueeze(-1).view(torch.uint8)
+def image_in(y: Tensor) -> Tensor:
+    """What y is: floats, or the blocked image of its words."""
+    return y if y.is_floating_point() else y.unsqueeze(-1).view(torch.uint8)
 
 
 @triton.jit

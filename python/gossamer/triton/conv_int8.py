@@ -3,7 +3,7 @@
     q         images x blocks x height x width x 4   u8, by blocked.py channels innermost
     w         n up to 16 x k up to 8                 s8, as gemm_int8 has it
     residual  a blocked image of y's shape, or none
-    y         images x n / 4 x out_h x out_w x 4     u8
+    y         images x n / 4 x out_h x out_w x 4     u8; without its numbers, as gemm_int8 has it
 
 The kernel is gemm_int8's, which writes words when it is given the numbers of a result in bytes.
 High tiles are 64 outputs wide: with 128, the epilogue on sm_100, where a thread has a whole row,
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import depthwise
-from .blocked import blocked_result, bytes_in, turned, words_of
+from .blocked import image_in, image_result, turned, words_of
 from .gemm_int8 import _gemm_int8, by_rows
 from .operands import launch, programs
 from .tiles import Tile, chip, choose
@@ -38,7 +38,7 @@ def conv_int8(
     wsum: Tensor,
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
     k: int,
@@ -51,7 +51,7 @@ def conv_int8(
         images = (y_affine, residual, residual_affine, activation, conv)
         return depthwise.conv_int8(q, w[:n, :k], scale, x_affine, bias, *images)
     rows, x_scale, x_zero, sharing = turned(q, x_affine, k, conv)
-    result = blocked_result(q, n, rows, residual, residual_affine)
+    result = image_result(q, n, rows, conv, y_affine, residual, residual_affine)
     other = (None, None) if residual is None else (words_of(residual), residual_affine)
     if result.y.numel():
         tile = choose(TILES, rows.m, n, chip(q.device), 1, 1)
@@ -63,4 +63,4 @@ def conv_int8(
             CONV=rows.conv, WHOLE=k % tile.inputs == 0, BIAS=bias is not None,
             ACTIVATION=activation, **tile.meta(),
         )  # fmt: skip
-    return bytes_in(result.y)
+    return image_in(result.y)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from .blocked import blocked_result, bytes_in, turned, words_of
+from .blocked import image_in, image_result, turned, words_of
 from .operands import launch, programs
 from .spmm_int8 import STEP, _spmm_int8
 from .tiles import Tile, chip, choose
@@ -34,7 +34,7 @@ def conv_spmm_int8(
     wsum: Tensor,
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
     k: int,
@@ -44,7 +44,7 @@ def conv_spmm_int8(
     """See `gossamer.ops.conv_spmm_int8`; the bitmap stands for the index."""
     rows, x_scale, x_zero, sharing = turned(q, x_affine, k, conv)
     n = scale.shape[0]
-    result = blocked_result(q, n, rows, residual, residual_affine)
+    result = image_result(q, n, rows, conv, y_affine, residual, residual_affine)
     other = (None, None) if residual is None else (words_of(residual), residual_affine)
     if result.y.numel():
         tile = choose(TILES, rows.m, n, chip(q.device), 1, 1)
@@ -56,4 +56,4 @@ def conv_spmm_int8(
             CONV=rows.conv, LISTED=False, BIAS=bias is not None, ACTIVATION=activation,
             **tile.meta(),
         )  # fmt: skip
-    return bytes_in(result.y)
+    return image_in(result.y)

@@ -42,6 +42,10 @@ def _dequantized(
     return y if bias is None else y + bias[:, None, None]
 
 
+def _laid_out(y: Tensor, conv: list[int]) -> Tensor:
+    return y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
+
+
 def gemm_int8(
     x: Tensor,
     weight: Tensor,
@@ -58,7 +62,7 @@ def gemm_int8(
     y = _dequantized(q, weight, scale, x_affine, bias, conv)
     well = torch.isfinite(x).all(3).all(2).all(1)[:, None, None, None]
     y = torch.where(well, _activated(y, activation), torch.nan).to(x.dtype)
-    return y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
+    return _laid_out(y, conv)
 
 
 def conv_int8(
@@ -67,16 +71,17 @@ def conv_int8(
     scale: Tensor,
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
     activation: int,
     conv: list[int],
 ) -> Tensor:
-    """Of a blocked image, to another."""
+    """Of a blocked image, to another, or without y_affine to floats."""
     n = len(scale)
     image = q.movedim(-1, 2).flatten(1, 2)[:, :n]
     y = _dequantized(image, weight, scale, x_affine, bias, conv)
     if residual is not None and residual_affine is not None:
         y = y + reference.unblock(residual, residual_affine, n)
-    return reference.block(_activated(y, activation), y_affine)
+    y = _activated(y, activation)
+    return _laid_out(y, conv) if y_affine is None else reference.block(y, y_affine)

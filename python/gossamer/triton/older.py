@@ -178,16 +178,17 @@ def _image_product(
     conv: list[int],
     x_affine: Tensor,
     bias: Tensor | None,
-    y_affine: Tensor,
+    y_affine: Tensor | None,
     residual: Tensor | None,
     residual_affine: Tensor | None,
 ) -> Tensor:
-    """A blocked image to another, by way of floats."""
+    """A blocked image to another, by way of floats; to these without y_affine."""
     x = reference.unblock(q, x_affine, 4 * q.shape[1])
-    y = _product(x, weight, bias, 0, [*conv[:10], 1])
+    y = _product(x, weight, bias, 0, conv)
     if residual is not None and residual_affine is not None:
         y = y + reference.unblock(residual, residual_affine, y.shape[1])
-    return reference.block(reference.activate(y, ACTIVATIONS[activation]), y_affine)
+    y = reference.activate(y, ACTIVATIONS[activation])
+    return y if y_affine is None else reference.block(y, y_affine)
 
 
 def conv_int8(

@@ -91,14 +91,18 @@ class Result(NamedTuple):
         return self[1:]
 
 
-def result_of(x: Tensor, n: int, rows: Rows, conv: list[int] | None) -> Result:
+def result_of(
+    x: Tensor, n: int, rows: Rows, conv: list[int] | None, dtype: torch.dtype | None = None
+) -> Result:
     """An empty y for x (..., k) or an image, contiguous or channels_last as conv asks."""
     if conv is None:
-        return Result(x.new_empty((*x.shape[:-1], n)), 0, n, 1)
+        return Result(x.new_empty((*x.shape[:-1], n), dtype=dtype), 0, n, 1)
     shape = (x.shape[0], n, rows.plane // max(rows.width, 1), rows.width)
     if conv[10]:
-        return Result(x.new_empty(shape), n * rows.plane, 1, rows.plane)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        return Result(x.new_empty(shape, dtype=dtype), n * rows.plane, 1, rows.plane)
+    y = torch.empty(
+        shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     return Result(y, n * rows.plane, n, 1)
 
 
