@@ -57,12 +57,11 @@ def test_the_model_can_be_fused():
     model, x = TextbookCNN().eval(), torch.randn(3, 3, 32, 32)
     with calibrate(model):
         model(x)
-    static = {"conv*": Int8(activations="static"), "*": Int8()}
-    compress_(model, static)
+    compress_(model, demo.INT8)
     fused = fuse(model, example_inputs=(x,))
-    assert {row.name: row.gives for row in fused.report.rows}["conv1"] == "int8"
+    assert [row.gives for row in fused.report.rows].count("int8") == 3  # x, conv1 and its pooling
     with torch.no_grad():
-        torch.testing.assert_close(fused(x), model(x), atol=1e-5, rtol=1e-5)
+        assert torch.equal(fused(x), model(x))
 
 
 def test_the_test_images_are_held_out_stratified_and_always_the_same():
@@ -138,7 +137,7 @@ def test_progress_is_shown_where_there_is_a_console(untrained):
     console = Console(file=io.StringIO(), record=True, width=80)
     demo.run(QUICK, console=console)
     shown = console.export_text()
-    assert "pack, verify, save, load" in shown and "100 %" in shown
+    assert "pack, verify, save, load, fuse" in shown and "100 %" in shown
 
 
 def test_a_file_that_is_damaged_before_loading_is_an_error(untrained, monkeypatch, tmp_path):
@@ -164,7 +163,13 @@ def _load_and_change(model, path):
 
 def test_a_loaded_model_that_differs_is_an_error(untrained, monkeypatch):
     monkeypatch.setattr(demo, "load_", _load_and_change)
-    with pytest.raises(RuntimeError, match="other bits"):
+    with pytest.raises(RuntimeError, match=r"loaded .* do not return the same bits"):
+        demo.run(QUICK)
+
+
+def test_a_fused_model_that_differs_is_an_error(untrained, monkeypatch):
+    monkeypatch.setattr(demo, "fuse", lambda *_, **__: TextbookCNN().eval())
+    with pytest.raises(RuntimeError, match=r"fused .* do not return the same bits"):
         demo.run(QUICK)
 
 
@@ -175,7 +180,7 @@ def test_the_loaded_model_is_the_one_that_is_evaluated(untrained, monkeypatch):
     monkeypatch.setattr(demo, "compare", lambda models, **_: seen.append(models) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.run(QUICK)
-    assert seen[0][SPARSE].conv1.bias.isnan().all()
+    assert seen[0][SPARSE].conv1.layer.bias.isnan().all()
 
 
 def test_verify_refuses_a_model_with_too_few_zeros(figures):
@@ -186,9 +191,9 @@ def test_verify_refuses_a_model_with_too_few_zeros(figures):
 
 
 def test_verify_refuses_a_kernel_that_is_off(untrained, monkeypatch):
-    model = demo.prune(TextbookCNN())
-    compress_(model, demo.SPARSE_INT8)
-    x = digits().test_x
+    model, data = demo.prune(TextbookCNN()), digits()
+    demo.pack(model, demo.SPARSE_INT8, data)
+    x = data.test_x
     assert demo.verify(model, x, 0.9)["agreement"] > 90
     right = Layer.__args__[0].forward
     monkeypatch.setattr(Layer.__args__[0], "forward", lambda self, x: 1.1 * right(self, x))

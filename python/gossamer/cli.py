@@ -69,7 +69,8 @@ def demo(
     """Train, prune, pack and compare a small CNN.
 
     It is pruned to 90 % in 1x4 blocks while it learns from the dense one, packed to sparse int8,
-    saved, loaded into a new model and measured: accuracy, size, latency. Takes under a minute.
+    saved, loaded into a new model, fused and measured: accuracy, size, latency. Takes less than a
+    minute.
     """
     from rich.console import Console
 

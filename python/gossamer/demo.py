@@ -1,4 +1,4 @@
-"""The main job, whole: train, prune while distilling, pack, save, load, measure; in two minutes.
+"""The main job, whole: train, prune while distilling, pack, save, load, fuse, measure.
 
 The textbook CNN learns the digits that scikit-learn ships: real handwriting, nothing to download.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bench import machine
+from .calibrate import calibrate
 from .checkpoint import load_, save
 from .compare import Comparison, compare
 from .compress import Layer, compress_, swap
 from .digits import TEST_IMAGES, Digits, TextbookCNN, accuracy, digits, shifted
 from .distill import KD, Distiller, SquareHead
 from .formats import Format, Int8, SparseInt8
+from .fuse import fuse
 from .layers import LAYERS
 from .prune import Pruner
 from .report import Report, Row, in_bytes, render
@@ -37,10 +39,16 @@ NAMES = ("dense fp32", "int8", "sparse int8")
 # conv1 has 3 input channels, so a block of four would be all of a tap; fc2 makes the ten classes.
 # They hold 0.4 % of the weights: pruning them would save nothing and cost accuracy.
 UNPRUNED = ("conv1", "fc2")
-# Rows of 27 inputs are too short to pay for their quantization: 3.8 ms for torch's 1.5 at batch 64.
-DENSE: dict[str, Format | None] = {"conv1": None}
-INT8 = {**DENSE, "*": Int8()}
-SPARSE_INT8 = {**DENSE, "fc2": Int8(), "*": SparseInt8()}
+# Between convolutions with known ranges `fuse` keeps the values 8 bits.
+STATIC = Int8(activations="static")
+INT8: dict[str, Format | None] = {"conv*": STATIC, "*": Int8()}
+SPARSE_INT8: dict[str, Format | None] = {
+    "conv1": STATIC,
+    "conv2": SparseInt8(activations="static"),
+    "fc2": Int8(),
+    "*": SparseInt8(),
+}
+CALIBRATION_IMAGES = 256
 # Packed and unpacked weights are equal, so only the 8 bits of the activations part the logits.
 TOLERANCE = 0.05
 
@@ -104,7 +112,7 @@ def run(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        RuntimeError: the packed model, or the loaded one, is not what was trained.
+        RuntimeError: the packed model, the loaded or the fused one is not what was trained.
         ValueError, OSError: the file cannot be written or read back.
     """
     settings = settings or Settings()
@@ -119,19 +127,23 @@ def run(
         torch.manual_seed(settings.seed)
         dense = train(data, settings, stages)
         pruned = prune(dense, data, settings, stages)
-        with stages("pack, verify, save, load", steps=4) as tick:
+        with stages("pack, verify, save, load, fuse", steps=5) as tick:
             int8, sparse = copy.deepcopy(dense), copy.deepcopy(pruned)
-            compress_(int8, INT8)
-            report = compress_(sparse, SPARSE_INT8)
+            pack(int8, INT8, data)
+            report = pack(sparse, SPARSE_INT8, data)
             tick()
             checks = verify(sparse, data.test_x, settings.sparsity)
             tick()
             save(sparse, path)
             tick()
             loaded = load_(TextbookCNN(), path).eval()
-            _require_equal(sparse, loaded, data.test_x)
+            _require_equal(sparse, loaded, data.test_x, "the loaded model, and the one saved,")
             tick()
-        models: dict[str, nn.Module] = dict(zip(NAMES, (dense, int8, loaded), strict=True))
+            example = (data.train_x[:CALIBRATION_IMAGES],)
+            packed = [fuse(model, example_inputs=example) for model in (int8, loaded)]
+            _require_equal(loaded, packed[1], data.test_x, "the fused model, and the one loaded,")
+            tick()
+        models: dict[str, nn.Module] = dict(zip(NAMES, (dense, *packed), strict=True))
         compared = _compare(models, data, settings, stages)
     return {
         "settings": asdict(settings),
@@ -197,6 +209,13 @@ def _fit(
     model.eval()
 
 
+def pack(model: nn.Module, formats: Mapping[str, Format | None], data: Digits) -> Report:
+    """Finds the ranges of the layers' inputs on training images, and packs the weights in place."""
+    with calibrate(model), eval_mode(model):
+        model(data.train_x[:CALIBRATION_IMAGES])
+    return compress_(model, formats)
+
+
 def verify(packed: nn.Module, x: Tensor, sparsity: float) -> dict[str, Any]:
     """Holds a packed model against its own unpacked weights, run by torch in fp32.
 
@@ -234,10 +253,10 @@ def verify(packed: nn.Module, x: Tensor, sparsity: float) -> dict[str, Any]:
     return {"zeros": zeros, "logit_error": error, "agreement": agreement}
 
 
-def _require_equal(saved: nn.Module, loaded: nn.Module, x: Tensor) -> None:
-    with eval_mode(saved, loaded):
-        if not torch.equal(saved(x), loaded(x)):
-            raise RuntimeError("the loaded model returns other bits than the one that was saved")
+def _require_equal(first: nn.Module, second: nn.Module, x: Tensor, both: str) -> None:
+    with eval_mode(first, second):
+        if not torch.equal(first(x), second(x)):
+            raise RuntimeError(f"{both} do not return the same bits")
 
 
 def _compare(
@@ -305,7 +324,7 @@ Textbook CNN, {figures["parameters"]:,} parameters, on digits of 3x32x32; {TEST_
 Pruned: {checks["zeros"]["together"]:.2%} zeros in {layers}, in blocks of 1x4.
 {" and ".join(UNPRUNED)}, 0.4 % of the weights, are not pruned.
 Verified: {checks["agreement"]:.1f} % of the test images get the class that torch gives them
-with the unpacked weights; the file, loaded into a new model, returns the same bits.
+with the unpacked weights; the file, loaded into a new model, returns the same bits, fused too.
 
 {_table(figures)}
 Latency on {count} thread{"s" * (count > 1)} of {machine["cpu"]} ({machine["isa"]}), torch \
