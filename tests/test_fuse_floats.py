@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_nets import EVERY_STATIC, ResNet, images, lively, run, static
+from fused_nets import EVERY_STATIC, STATIC, ResNet, images, lively, run, static
 from products import same_bits
 from torch import Tensor, nn
 
@@ -262,6 +262,28 @@ def test_sums_are_written_over_what_they_alone_read() -> None:
         assert [n.target for n in fused.graph.nodes if n.op == "call_method"] == left
     rows = {row.name: row.fused for row in fused.report}
     assert rows["one"] == "+ x, relu" and rows["two_1"] == ""
+
+
+@pytest.mark.parametrize("format", [gs.Sparse(), *STATIC], ids=lambda f: f.name)
+def test_sums_of_many_lose_none(format: Any) -> None:
+    """As in HRNet, where each resolution adds up what all others give."""
+
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 8, 1) for _ in range(4))
+            self.last, self.one, self.two = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x) + self.b(x) + self.c(x) + torch.relu(self.d(x))
+            y = self.last(torch.relu(y)).mean((2, 3))
+            return self.one(y) + self.two(y) + y
+
+    x = images()
+    dense = Sums().eval()
+    model = static(dense, x, format)
+    want = run(model, x)
+    torch.testing.assert_close(run(gs.fuse(model, x), x), want, rtol=0, atol=0.03 * want.abs().max())
 
 
 def test_a_sum_behind_bytes_is_written_over_the_floats_of_the_convolution() -> None:

@@ -154,11 +154,17 @@ def _add(node: fx.Node) -> None:
     ends = [(own, other) for own, other in ((a, b), (b, a)) if _may_hold(own, other, node)]
     for own, other in ends:
         layer: Any = module_of(own)
-        if not gives_floats(layer) and layer.packed.adds and layer.activation == "none":
+        if _adds(layer, own):
             _add_inside(layer, own, other, node)
             return
     if ends:
         _write_over(node, *ends[0])
+
+
+def _adds(layer: Any, own: fx.Node) -> bool:
+    """Whether a layer can add to its result before anything else is done to it."""
+    free = not gives_floats(layer) and len(own.args) == 1  # it has no other addend yet
+    return free and layer.packed.adds and layer.activation == "none"
 
 
 def _may_hold(own: fx.Node, other: fx.Node, add: fx.Node) -> bool:
