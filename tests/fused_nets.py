@@ -172,10 +172,12 @@ def lively(model: nn.Module) -> nn.Module:
     """In eval mode, with BatchNorms that do something: some negative, one zero factor each."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias, std=0.3)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias, std=0.3)
             with torch.no_grad():
-                module.weight[0] = 0
+                if module.affine:
+                    module.weight[0] = 0
                 assert module.running_mean is not None and module.running_var is not None
                 module.running_mean.normal_(std=0.3)
                 module.running_var.uniform_(0.3, 2.0)

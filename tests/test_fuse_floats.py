@@ -283,7 +283,9 @@ def test_sums_of_many_lose_none(format: Any) -> None:
     dense = Sums().eval()
     model = static(dense, x, format)
     want = run(model, x)
-    torch.testing.assert_close(run(gs.fuse(model, x), x), want, rtol=0, atol=0.03 * want.abs().max())
+    torch.testing.assert_close(
+        run(gs.fuse(model, x), x), want, rtol=0, atol=0.03 * want.abs().max()
+    )
 
 
 def test_a_sum_behind_bytes_is_written_over_the_floats_of_the_convolution() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from .epilogues import fuse_activations
 from .floats import settle_floats
 from .fold import fold
-from .graph import drop_what_passes, name_apart, out_of_place, record
+from .graph import drop_what_passes, name_apart, out_of_place, record, settle_ranks
 from .merge import merge_linears
 from .pieces import images_at_once, may_cut
 from .plan import make_plan
@@ -80,6 +80,7 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     out_of_place(graph)
     name_apart(graph)
     record(fused, inputs)
+    settle_ranks(graph)
     fold(graph)
     fuse_activations(graph)
     merge_linears(fused)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from gossamer.layers import Conv2d, Linear
 
-from .match import in_place, label, module_of, passes, source, title
+from .match import in_place, label, module_of, passes, rank_read, source, title
 from .trace import Fused, twin
 
 
@@ -40,6 +41,34 @@ def record(fused: Fused, inputs: list[Any]) -> None:
     """Runs the example, and keeps shape, dtype and range of what each node gives."""
     with torch.no_grad():
         _Recorder(fused).run(*inputs)
+
+
+_COMPARES = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+
+
+def settle_ranks(graph: fx.Graph) -> None:
+    """How many dimensions tensors have is what it was in the example, and so is what follows.
+
+    An 8-bit image has one more. Assertions about it held.
+    """
+    for node in list(graph.nodes):
+        before = source(node)
+        if before is not None and seen(before).dtype is not None and rank_read(node):
+            _is(node, len(seen(before).shape))
+        elif node.target in _COMPARES and not node.all_input_nodes:
+            _is(node, node.target(*node.args))
+        elif node.target is torch._assert and node.args[0] is True:
+            graph.erase_node(node)
+
+
+def _is(node: fx.Node, value: int | bool) -> None:
+    """Whoever reads the node gets the value."""
+    for reader in list(node.users):
+        args, kwargs = fx.map_arg(
+            (reader.args, reader.kwargs), lambda read: value if read is node else read
+        )
+        reader.args, reader.kwargs = args, kwargs
+    node.graph.erase_node(node)
 
 
 def seen(node: fx.Node) -> Seen:

@@ -55,7 +55,7 @@ def titles(nodes: Iterable[fx.Node]) -> str:
     return ", ".join(map(title, nodes))
 
 
-def _arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
     """The arguments behind the first, by name; empty where there are more than names."""
     return {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
 
@@ -112,7 +112,14 @@ def passes(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in _DROPOUT_CALLS:
         return False
     default = node.target is not F.dropout
-    return not _arguments(node, "p", "training").get("training", default)
+    return not arguments(node, "p", "training").get("training", default)
+
+
+def rank_read(node: fx.Node) -> bool:
+    """Whether it is x.ndim or x.dim()."""
+    if node.op == "call_function":
+        return node.target is getattr and node.args[1] == "ndim"
+    return node.op == "call_method" and node.target in ("dim", "ndimension")
 
 
 def shape_read(node: fx.Node) -> tuple[int, ...] | None:
@@ -121,7 +128,7 @@ def shape_read(node: fx.Node) -> tuple[int, ...] | None:
         return ()
     if node.op != "call_method" or node.target != "size":
         return None
-    dim: Any = _arguments(node, "dim").get("dim")
+    dim: Any = arguments(node, "dim").get("dim")
     if dim is None:
         return ()
     return (dim,) if isinstance(dim, int) else None
@@ -136,7 +143,7 @@ def in_place(node: fx.Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     name = getattr(node.target, "__name__", "")
     if node.target in (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.selu, F.mish):
-        return bool(_arguments(node, "inplace").get("inplace", False))
+        return bool(arguments(node, "inplace").get("inplace", False))
     operators = {operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.setitem}
     named = name.endswith("_") and not name.endswith("__")
     return node.target in operators or named or bool(node.kwargs.get("inplace", False))
@@ -207,7 +214,7 @@ def _max_pool(node: fx.Node) -> MaxPool | None:
     if type(module) is nn.MaxPool2d:
         found = {name: getattr(module, name) for name in names}
     elif node.op == "call_function" and node.target in _MAX_POOLS:
-        found = _arguments(node, *names)
+        found = arguments(node, *names)
     else:
         return None
     if found.get("return_indices") or not all(_plain(value) for value in found.values()):
@@ -237,7 +244,7 @@ def _nearest(node: fx.Node) -> Nearest | None:
         found = {name: getattr(module, name) for name in ("size", "scale_factor", "mode")}
         found["recompute_scale_factor"] = module.recompute_scale_factor
     elif node.op == "call_function" and node.target is F.interpolate:
-        found = _arguments(node, "size", "scale_factor", "mode")
+        found = arguments(node, "size", "scale_factor", "mode")
     else:
         return None
     if found.get("mode", "nearest") != "nearest" or found.get("recompute_scale_factor"):
@@ -251,7 +258,7 @@ def _cat(node: fx.Node) -> Cat | None:
     if node.op != "call_function" or node.target not in _CATS:
         return None
     parts: Any = node.args[0] if node.args else node.kwargs.get("tensors", ())
-    dim = _arguments(node, "dim").get("dim", 0)
+    dim = arguments(node, "dim").get("dim", 0)
     if not _listed(parts) or not all(isinstance(part, fx.Node) for part in parts):
         return None
     return Cat(tuple(parts)) if dim in (1, -3) else None
@@ -262,9 +269,9 @@ def _pixel_mean(node: fx.Node) -> PixelMean | None:
     if type(module) is nn.AdaptiveAvgPool2d:
         size = module.output_size
     elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        size = _arguments(node, "output_size").get("output_size")
+        size = arguments(node, "output_size").get("output_size")
     elif node.target in _MEANS and node.op in ("call_function", "call_method"):
-        found = _arguments(node, "dim", "keepdim")
+        found = arguments(node, "dim", "keepdim")
         dims: Any = found.get("dim")
         pixels = _listed(dims) and len(dims) == 2 and {d % 4 for d in dims} == {2, 3}
         plain = found.keys() <= {"dim", "keepdim", "input"}
