@@ -272,6 +272,32 @@ def test_what_stays_with_torch() -> None:
 
 
 @EVERY_FORMAT
+def test_a_model_may_read_the_weight(format: Format) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x.to(self.one.weight.device)).mean((2, 3))
+            return F.linear(x, self.two.weight, self.two.bias)
+
+    model, x = Reads().eval(), torch.randn(2, 3, 5, 5)
+    gs.compress_(model, format)
+    state, two = model.state_dict(), model.two
+    with torch.no_grad(), pytest.warns(UserWarning, match="weight of a packed Linear was read"):
+        y = model(x)
+        assert same_bits(two.weight, two.unpack()) and two.weight.shape == (4, 8)
+        want = F.linear(model.one(x).mean((2, 3)), two.unpack(), two.bias)
+        assert same_bits(y, want)
+    assert not any(name.endswith(("one.weight", "two.weight")) for name in state)
+    with pytest.warns(UserWarning, match="weight of a packed"):
+        fused = gs.fuse(model, x)
+    with torch.no_grad():
+        assert same_bits(fused(x), y)
+
+
+@EVERY_FORMAT
 def test_to_dense_and_back(format: Format) -> None:
     layer: Any
     for layer in (linear(format), conv(format, 5, 8, (3, 2), padding=1, stride=2, bias=False)):

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 
 from .calibrate import correct_bias_
 from .formats import Format
-from .layers import LAYERS, Conv2d, Linear, input_range, unsupported
-from .observed import frozen
+from .layers import LAYERS, Conv2d, Linear, unsupported
+from .observed import frozen, input_range
 from .packed import Packed
 from .patterns import matches, select
 from .report import Report, Row

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .calibrate import set_weight_, weight_matrix
 from .compress import chosen, describe, format_name
 from .formats import Format, Sparse
-from .layers import LAYERS, keep_rounded
+from .layers import LAYERS
 from .obs import output_error
-from .observed import input_range, observed
+from .observed import input_range, keep_rounded, observed
 from .packed import Packed, pack
 from .report import Report, Row
 

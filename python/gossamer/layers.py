@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from typing import Any
 
 import torch
@@ -20,37 +20,9 @@ from gossamer.geometry import (
     pad_outside,
     pair,
     too_small,
-    weight_matrix,
 )
-from gossamer.observed import frozen, input_range
-from gossamer.packed import Packed, pack, packs_depthwise
-
-
-def keep_rounded(module: nn.Module, packed: Packed) -> None:
-    """Keeps a packed weight beside a dense module whose weight equals it, for `from_dense`.
-
-    It is no part of the module's buffers and state_dict; copy.deepcopy takes it along.
-    """
-    vars(module)["_gossamer_rounded"] = packed
-
-
-def pack_dense(module: nn.Module, format: Format) -> Packed:
-    """The packed weight of a dense layer.
-
-    Of one that `qat_` prepared, with its frozen scales; of one that `gptq_` rounded, what was kept
-    beside it, if it still is this weight in this format.
-
-    Raises:
-        ValueError: as `input_range` and `pack`.
-    """
-    matrix = weight_matrix(module)
-    kept: Any = vars(module).get("_gossamer_rounded")
-    trained, x_range = frozen(module), input_range(module, format)
-    mine = isinstance(kept, Packed) and kept.format == format
-    if mine and torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu()):
-        own = copy.deepcopy(kept)
-        return own if x_range is None else own.with_range(*x_range)
-    return pack(matrix, format, x_range, None if trained is None else trained.scale)
+from gossamer.observed import pack_dense
+from gossamer.packed import Packed, packs_depthwise
 
 
 def _checked_bias(bias: Tensor | None, n: int) -> Tensor | None:
@@ -83,6 +55,21 @@ class _Layer(KeepsDtypes):
         """From now on y = activation(x @ w^T + bias)."""
         self._activation = ops.activation_index(activation)
         self.activation = activation
+
+    def unpack(self) -> Tensor:
+        """The weight that is really used, float32, in the shape that the dense layer has."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """`unpack()`, for models that read the weight of a layer, with a warning."""
+        warnings.warn(
+            f"the weight of a packed {type(self).__name__} was read: it is unpacked anew each "
+            "time. Where a model multiplies by it instead of calling the layer, packing gains "
+            "nothing: leave that layer out of compress_",
+            stacklevel=2,
+        )
+        return self.unpack()
 
     def _add(self, x: Tensor, bias: Any, conv: Any, residual: Any, reuse: bool) -> Tensor:
         packed: Any = self.packed

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .formats import Format
+from .geometry import weight_matrix
+from .packed import Packed, pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,3 +87,30 @@ def input_range(module: nn.Module, format: Format) -> tuple[float, float] | None
             "`with gs.calibrate(model): model(x)` first, or give it another format"
         )
     return seen.low, seen.high
+
+
+def keep_rounded(module: nn.Module, packed: Packed) -> None:
+    """Keeps a packed weight beside a dense module whose weight equals it, for `from_dense`.
+
+    It is no part of the module's buffers and state_dict; copy.deepcopy takes it along.
+    """
+    vars(module)["_gossamer_rounded"] = packed
+
+
+def pack_dense(module: nn.Module, format: Format) -> Packed:
+    """The packed weight of a dense layer.
+
+    Of one that `qat_` prepared, with its frozen scales; of one that `gptq_` rounded, what was kept
+    beside it, if it still is this weight in this format.
+
+    Raises:
+        ValueError: as `input_range` and `pack`.
+    """
+    matrix = weight_matrix(module)
+    kept: Any = vars(module).get("_gossamer_rounded")
+    trained, x_range = frozen(module), input_range(module, format)
+    mine = isinstance(kept, Packed) and kept.format == format
+    if mine and torch.equal(kept.unpack().to(matrix.dtype), matrix.cpu()):
+        own = copy.deepcopy(kept)
+        return own if x_range is None else own.with_range(*x_range)
+    return pack(matrix, format, x_range, None if trained is None else trained.scale)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from .compress import Candidate, as_patterns, choose, describe, find, format_name
 from .formats import Format, Int8, SparseInt8
 from .geometry import conv_geometry, conv_weight, pad_outside
-from .layers import LAYERS, Conv2d, Linear, input_range, pack_dense
-from .observed import Frozen, frozen
+from .layers import LAYERS, Conv2d, Linear
+from .observed import Frozen, frozen, input_range, pack_dense
 from .packed import Packed
 from .report import Report
 
