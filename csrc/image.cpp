@@ -1,4 +1,4 @@
-// image.cpp: what becomes of blocked images beside convolutions: block, unblock, max_pool.
+// image.cpp: what becomes of blocked images beside convolutions: block, unblock, max_pool, mean.
 
 #include <atomic>
 
@@ -10,8 +10,8 @@ namespace {
 
 // Pixels a tile of block: any number of lanes.
 constexpr int64_t kBlockPixels = 1024;
-// Rows a tile of max_pool.
-constexpr int64_t kPoolRows = 4;
+// Rows a tile of max_pool; blocks of channels one of mean.
+constexpr int64_t kPoolRows = 4, kMeanBlocks = 16;
 
 int check_images(const gossamer_input* x, int64_t channels, int64_t pixels, const void* y) {
   if (!active_kernels()) return fail("%s", isa_error());
@@ -92,4 +92,17 @@ extern "C" int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
                    own);
                return true;
              });
+}
+
+extern "C" int gossamer_mean(const gossamer_input* q, int64_t channels, int64_t pixels, float* y,
+                             gossamer_parallel_for parallel_for) {
+  if (const int status = check_images(q, channels, pixels, y)) return status;
+  const int64_t blocks = ceil_div(channels, 4);
+  const Work work{q->rows, blocks, std::min(blocks, kMeanBlocks), 1};
+  return run(work, macs_of_elements(work, 4 * pixels), Even(), parallel_for, [&](const Tile& tile) {
+    active_kernels()->mean(
+        static_cast<const uint8_t*>(q->data) + tile.image * blocked_bytes(channels, pixels),
+        given(*q), channels, pixels, tile.rows, y + tile.image * channels);
+    return true;
+  });
 }

@@ -109,6 +109,9 @@ using Unblock = void(const uint8_t* q, Affine affine, int64_t channels, int64_t 
 // Rows of the output of one image. Scratch: pool_line words.
 using MaxPool = void(const uint8_t* q, const gossamer_conv& conv, Range rows, uint8_t* y,
                      void* scratch);
+// Blocks of four channels of one image.
+using Mean = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels, Range blocks,
+                  float* y);
 // No operator: what bounds them, for benchmarks. -> operations or bytes; `mean` of the loop's sums.
 using Ceilings = double(gossamer_loop loop, const int32_t* data, int64_t bytes, int64_t turns,
                         float* mean);
@@ -131,6 +134,7 @@ struct Kernels {
   Block* block;
   Unblock* unblock;
   MaxPool* max_pool;
+  Mean* mean;
   Ceilings* ceilings;
 };
 

@@ -88,6 +88,24 @@ def test_bits_are_those_of_one_layer_after_the_other(
         assert torch.equal(image, before)
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_the_mean_is_the_last_of_a_chain(keepdim: bool, calls: list[int]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.two(self.one(x))).mean((2, 3), keepdim)
+
+    x = images()
+    fused = fused_net(Net(), "int8", x)
+    got = run(fused, x)
+    assert calls == [1] and got.shape == ((2, 6, 1, 1) if keepdim else (2, 6))
+    assert [row.runs for row in fused.report][-1] == "ImageMean"
+    assert_same(got, one_by_one(fused, x))
+
+
 class Tangle(nn.Module):
     """Values that two chains share, that are returned, and that are x and residual at once."""
 

@@ -107,6 +107,28 @@ def test_max_pool_is_that_of_torch(isa: str, ceil: bool) -> None:
         assert torch.equal(ops.unblock(y, AFFINE, channels), want)
 
 
+def test_mean(isa: str) -> None:
+    for case in CASES["mean"]:
+        q, channels = ops.block(case.x(), AFFINE), case.shape[1]
+        for keepdim in (False, True):
+            y = ops.mean(q, AFFINE, channels, keepdim)
+            assert same_bits(y, reference.mean(q, AFFINE, channels, keepdim)), str(case)
+            assert y.is_contiguous() and y.shape[2:] == (1, 1) * keepdim
+        if case.shape[0]:
+            want = ops.unblock(q, AFFINE, channels).double().mean((2, 3))
+            torch.testing.assert_close(y[:, :, 0, 0].double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_mean_of_many_pixels(isa: str) -> None:
+    """Summed in several parts, and shared by threads."""
+    q = torch.full((1, 1, 700, 701, 4), 255, dtype=torch.uint8)
+    q[0, 0, 0, 0] = torch.tensor([0, 1, 2, 3])
+    assert same_bits(ops.mean(q, AFFINE, 3), reference.mean(q, AFFINE, 3))
+    wide = ops.block(torch.randn(3, 1000, 30, 31), AFFINE)
+    with threads(2):
+        assert same_bits(ops.mean(wide, AFFINE, 998), reference.mean(wide, AFFINE, 998))
+
+
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize("stem", INT8_STEMS)
 def test_convolution(isa: str, stem: str, activation: str) -> None:
@@ -238,6 +260,8 @@ def test_opcheck_of_images(stem: str) -> None:
         torch.library.opcheck(ops._block, (x, AFFINE))
         torch.library.opcheck(ops._unblock, (q, AFFINE, case.shape[1], 1))
         torch.library.opcheck(ops._max_pool, (q, *window_of(case)))
+        for keepdim in (0, 1):
+            torch.library.opcheck(ops._mean, (q, AFFINE, case.shape[1], keepdim))
 
 
 def test_refusals() -> None:
@@ -273,6 +297,8 @@ def test_refusals() -> None:
         packed.convolve(torch.cat([q, q], 1), None, 0, conv, Y_AFFINE)
     with pytest.raises(RuntimeError, match="does not hold 9 channels"):
         ops.unblock(q, AFFINE, 9)
+    with pytest.raises(RuntimeError, match="does not hold 3 channels"):
+        ops.mean(q, AFFINE, 3)
     with pytest.raises(TypeError, match="use float32, bfloat16 or float16"):
         ops.unblock(q, AFFINE, 8, torch.float64)
     with pytest.raises(RuntimeError, match="conv needs 11 integers, got 10"):

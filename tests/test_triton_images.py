@@ -39,6 +39,9 @@ def test_what_moves_bytes(case: ImageCase) -> None:
             assert torch.equal(got, want) and got.is_contiguous()
         got = run(ops.unblock, want, AFFINE, case.shape[1], dtype)
         assert torch.equal(got, ops.unblock(want, AFFINE, case.shape[1], dtype))
+    for keepdim in (False, True):
+        got = run(ops.mean, want, AFFINE, case.shape[1], keepdim)
+        torch.testing.assert_close(got, ops.mean(want, AFFINE, case.shape[1], keepdim))
     got = run(ops.max_pool, want, *window_of(case))
     assert torch.equal(got, ops.max_pool(want, *window_of(case)))
 
@@ -118,6 +121,8 @@ def test_refusals() -> None:
         run(packed.convolve, torch.cat([q, q], 1), None, 0, conv, Y_AFFINE)
     with pytest.raises(RuntimeError, match="does not hold 9 channels"):
         run(ops.unblock, q, AFFINE, 9)
+    with pytest.raises(RuntimeError, match="does not hold 3 channels"):
+        run(ops.mean, q, AFFINE, 3)
     with pytest.raises(RuntimeError, match="must be at least 1"):
         run(ops.max_pool, q, [9, 9], [2, 2], [0, 0, 0, 0], [1, 1])
 

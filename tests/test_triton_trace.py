@@ -13,7 +13,7 @@ from builds import ROOT, output
 
 pytest.importorskip("triton")
 ROWS = ("gemm_int8", "gemm_int8", "gemm_int4", "spmm", "spmm_int8", "gemm_w8")
-IMAGES = ("block", "conv_int8", "max_pool", "conv_spmm_int8", "unblock", "gemm_int8", "unblock")
+IMAGES = ("block", "conv_int8", "max_pool", "conv_spmm_int8", "conv_int8", "unblock")
 
 
 @cache
@@ -29,7 +29,7 @@ def traces() -> dict[str, dict[str, Any]]:
     [
         # Five quantize their inputs, and one searches for what is ill; the last two are in blocks.
         ("rows", "torch.float16", [5, 16], [*ROWS, "spmm", "spmm_int8"], 6),
-        # Two turn theirs around, and one quantizes.
+        # Three turn theirs around.
         ("images", "torch.float32", [5, 8], [*IMAGES], 3),
     ],
 )

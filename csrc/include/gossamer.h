@@ -169,6 +169,11 @@ GOSSAMER_API int gossamer_unblock(const gossamer_input* q, int64_t channels, int
 GOSSAMER_API int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
                                    gossamer_parallel_for parallel_for);
 
+/* The mean of all pixels of each channel: y is (rows, channels), (sum - pixels * zero) * (scale /
+ * pixels) of exact sums, rounded once. */
+GOSSAMER_API int gossamer_mean(const gossamer_input* q, int64_t channels, int64_t pixels, float* y,
+                               gossamer_parallel_for parallel_for);
+
 /* The gradient of a sparse weight: dw(entry of output o, input i) = sum over rows of dy(row, o) *
  * x(row, i), for the entries of an index. dy has a row of n elements for each row of x (with conv:
  * each output pixel), and no conv of its own. */

@@ -22,6 +22,7 @@ ConvSpmmInt8 conv_spmm_int8;
 Block block;
 Unblock unblock;
 MaxPool max_pool;
+Mean mean;
 Ceilings ceilings;
 
 const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
@@ -40,6 +41,7 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          block,
                          unblock,
                          max_pool,
+                         mean,
                          ceilings};
 
 }  // namespace GOSSAMER_ISA

@@ -37,6 +37,7 @@ const Callee kCallees[] = {
     {kConvSpmmInt8<false>, conv_spmm_int8<false>, false},
     {kConvSpmmInt8<true>, conv_spmm_int8<true>, true},
     {kMaxPool, max_pool, false},
+    {kMean, mean, false},
 };
 constexpr int64_t kNothing = -1, kNext = -2;
 

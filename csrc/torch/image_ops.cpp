@@ -26,6 +26,11 @@ void check_blocked(const Tensor& q, const char* name) {
        " must be a blocked image: contiguous uint8 (images, blocks, height, width, 4)");
 }
 
+void check_channels(const Tensor& q, int64_t channels) {
+  if (up(channels, 4) == 4 * q.sizes[1]) return;
+  fail("q of shape " + q.shape() + " does not hold " + std::to_string(channels) + " channels");
+}
+
 // A blocked image and its numbers, as the C ABI reads it.
 struct Blocked {
   gossamer_input view;
@@ -115,9 +120,7 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   const int64_t channels = arguments.integer(), dtype = arguments.integer();
   const Blocked input(q, affine.scale, affine.zero);
-  if (up(channels, 4) != 4 * q.sizes[1]) {
-    fail("q of shape " + q.shape() + " does not hold " + std::to_string(channels) + " channels");
-  }
+  check_channels(q, channels);
   const int32_t dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
                             aoti_torch_dtype_float16()};
   if (dtype < 0 || dtype > 2) fail("y must be float32, bfloat16 or float16");
@@ -144,6 +147,23 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
   input.convolve(q, geometry);
   Tensor y = Tensor::empty(input.result(4 * q.sizes[1]));
   require_gossamer(gossamer_max_pool(&input.view, static_cast<uint8_t*>(y.data), parallel_for));
+  stack[0] = y.release();
+}
+
+// (q, affine, channels, keepdim) -> y
+void mean(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, kMean);
+  const Tensor q = arguments.tensor();
+  const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
+  const int64_t channels = arguments.integer();
+  const bool keepdim = arguments.integer() != 0;
+  const Blocked input(q, affine.scale, affine.zero);
+  check_channels(q, channels);
+  Layout layout{{q.sizes[0], channels}, {channels, 1}, aoti_torch_dtype_float32()};
+  if (keepdim) layout = {{q.sizes[0], channels, 1, 1}, {channels, 1, 1, 1}, layout.dtype};
+  Tensor y = Tensor::empty(layout);
+  require_gossamer(gossamer_mean(&input.view, channels, q.sizes[2] * q.sizes[3],
+                                 static_cast<float*>(y.data), parallel_for));
   stack[0] = y.release();
 }
 

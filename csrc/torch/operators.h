@@ -13,7 +13,7 @@ template <bool kInPlace>
 constexpr const char* kConvInt8 = kInPlace ? "TTTTTOOTOIIL" : "TTTTTOOOOIIL";
 template <bool kInPlace>
 constexpr const char* kConvSpmmInt8 = kInPlace ? "TTTTTTTTOOTOIIL" : "TTTTTTTTOOOOIIL";
-constexpr const char* kMaxPool = "TLLLL";
+constexpr const char *kMaxPool = "TLLLL", *kMean = "TTII";
 
 template <bool kInPlace>
 void spmm(StableIValue* stack, uint64_t, uint64_t);
@@ -24,6 +24,7 @@ void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
 void block(StableIValue* stack, uint64_t, uint64_t);
 void unblock(StableIValue* stack, uint64_t, uint64_t);
 void max_pool(StableIValue* stack, uint64_t, uint64_t);
+void mean(StableIValue* stack, uint64_t, uint64_t);
 void chain(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace gossamer

@@ -254,6 +254,7 @@ const Operator kOperators[] = {
     {"max_pool",
      "max_pool(Tensor q, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
      max_pool},
+    {"mean", "mean(Tensor q, Tensor affine, int channels, int keepdim) -> Tensor", mean},
     {"conv_int8", "conv_int8(" CONV_INT8(ANY) " -> Tensor", conv_int8<false>},
     {"conv_int8_", "conv_int8_(" CONV_INT8(OVER) " -> ()", conv_int8<true>},
     {"conv_spmm_int8", "conv_spmm_int8(" CONV_SPMM_INT8(ANY) " -> Tensor", conv_spmm_int8<false>},

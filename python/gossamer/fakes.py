@@ -98,6 +98,12 @@ def _(q, kernel, stride, padding, dilation):
     return _blocked(q, 4 * q.shape[1], *_conv_shape(q[..., 0], geometry))
 
 
+@torch.library.register_fake("gossamer::mean")
+def _(q, affine, channels, keepdim):
+    shape = (q.shape[0], channels, *[1, 1] * bool(keepdim))
+    return q.new_empty(shape, dtype=torch.float32)
+
+
 @torch.library.register_fake("gossamer::conv_int8")
 def _(q, panels, scale, wsum, x, bias, y, residual, residual_affine, k, activation, conv):
     return _convolved(q, y, scale.shape[0], conv)

@@ -11,6 +11,10 @@ from torch import Tensor
 import gossamer
 from gossamer.inference import added as _added
 from gossamer.inference import finish as _finish
+from gossamer.placement import FLOATS as _FLOATS
+from gossamer.placement import on_gpu as _on_gpu
+from gossamer.placement import placed as _placed
+from gossamer.placement import prepare as _prepare
 
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6", "hardswish")
 
@@ -43,6 +47,7 @@ _im2col = _OPS.im2col.default
 _block = _OPS.block.default
 _unblock = _OPS.unblock.default
 _max_pool = _OPS.max_pool.default
+_mean = _OPS.mean.default
 # Those that end with _ write over their residual.
 _spmm = _OPS.spmm.default
 _spmm_ = _OPS.spmm_.default
@@ -51,8 +56,6 @@ _conv_int8_ = _OPS.conv_int8_.default
 _conv_spmm_int8 = _OPS.conv_spmm_int8.default
 _conv_spmm_int8_ = _OPS.conv_spmm_int8_.default
 chain = _OPS.chain.default  # csrc/torch/chain.cpp
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def activation_index(name: str) -> int:
@@ -66,53 +69,11 @@ def activation_index(name: str) -> int:
     return ACTIVATIONS.index(name)
 
 
-def _refuse(x: Tensor) -> None:
-    """Raises the sentence that fits an x which no kernel takes."""
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x has dtype {x.dtype}: use float32, bfloat16 or float16")
-    raise RuntimeError(
-        f"x is on {x.device}, but kernels are for CPUs and CUDA devices: move x with x.cpu(), or "
-        "keep the dense model on that device"
-    )
-
-
-def _on_gpu(x: Tensor, weight: Tensor) -> bool:
-    """Which kernels are to run; RuntimeError if x and the weight are not in one place."""
-    if x.is_cpu and weight.is_cpu:
-        return False
-    if x.device != weight.device:
-        raise RuntimeError(
-            f"x is on {x.device} and the packed weight on {weight.device}: move x with "
-            f"x.to({str(weight.device)!r}), or the model with model.to({str(x.device)!r})"
-        )
-    return True
-
-
 def _gpu(device: torch.device) -> Any:
     """The kernels of a GPU: Triton's, or of an old one what multiplies floats there."""
     from gossamer import triton
 
     return triton if triton.multiplies_bytes(device) else triton.older
-
-
-def _placed(bitmap: Tensor | None) -> Tensor:
-    if bitmap is None:
-        raise RuntimeError(
-            "the weight was packed for the CPU and its buffers were moved one by one: move the "
-            "whole layer with layer.cuda(), which makes the bitmap that a GPU reads"
-        )
-    return bitmap
-
-
-def _prepare(x: Tensor, conv: list[int] | None, any_layout: bool = False) -> Tensor:
-    """x in memory that a kernel can walk, `any_layout` of images too; almost always x itself."""
-    if x.dtype not in _FLOATS or not (x.is_cpu or x.is_cuda):
-        _refuse(x)
-    if conv is not None and not (any_layout and x.is_contiguous()):
-        return x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
-    if x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.size(1)):
-        return x
-    return x.contiguous()
 
 
 def quantize_rows(x: Tensor, x_affine: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,6 +295,16 @@ def max_pool(
     """
     run = _gpu(q.device).max_pool if _on_gpu(q, q) else _max_pool
     return run(q, kernel, stride, padding, dilation)
+
+
+def mean(q: Tensor, affine: Tensor, channels: int, keepdim: bool = False) -> Tensor:
+    """The mean of all pixels of each channel of a blocked image: exact sums, rounded once.
+
+    Returns:
+        (images, channels) float32; with `keepdim` (images, channels, 1, 1).
+    """
+    run = _gpu(q.device).mean if _on_gpu(q, affine) else _mean
+    return run(q, affine, channels, int(keepdim))
 
 
 def conv_int8(

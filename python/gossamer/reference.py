@@ -230,6 +230,19 @@ def max_pool(
     return y.to(torch.uint8).unflatten(1, (-1, 4)).movedim(2, -1).contiguous()
 
 
+def mean(q: Tensor, affine: Tensor, channels: int, keepdim: bool = False) -> Tensor:
+    """The mean of all pixels of each channel of a blocked image, rounded once to float32.
+
+    >>> q = torch.tensor([[[[[9, 0, 7, 7], [8, 1, 7, 7]]]]], dtype=torch.uint8)
+    >>> mean(q, torch.tensor([0.5, 7.0]), 2)
+    tensor([[ 0.7500, -3.2500]])
+    """
+    pixels = q.shape[2] * q.shape[3]
+    sums = q.sum((2, 3), dtype=torch.int64).flatten(1)[:, :channels]
+    y = (sums - pixels * affine[1].long()).double() * (affine[0].double() / pixels)
+    return y.float()[:, :, None, None] if keepdim else y.float()
+
+
 def conv_int8(
     q: Tensor,
     weight: Tensor,

@@ -292,6 +292,7 @@ CASES: dict[str, list[Any]] = {
     "block": _WINDOWS,
     "unblock": _WINDOWS,
     "max_pool": _WINDOWS,
+    "mean": _WINDOWS,
     "conv_int8": _WINDOWS,
     "conv_spmm_int8": _WINDOWS,
 }

@@ -94,6 +94,17 @@ void check_block(const Images& images, Side side, gossamer_parallel_for parallel
                     static_cast<float>(byte - p.given.zero) * p.given.scale,
                 "unblock: another float");
       }
+  Guarded<float> means(images.c.images * images.c.channels, side);
+  require_ok(gossamer_mean(&input, images.c.channels, images.pixels, means.data(), parallel_for));
+  for (int64_t i = 0; i < images.c.images; ++i)
+    for (int64_t ch = 0; ch < images.c.channels; ++ch) {
+      int64_t sum = 0;
+      for (int64_t x = 0; x < images.pixels; ++x)
+        sum += expected[size_t(place(images.c.channels, images.pixels, i, ch, x))] - p.given.zero;
+      const double step = double(p.given.scale) / double(images.pixels);
+      require(means.data()[i * images.c.channels + ch] == static_cast<float>(double(sum) * step),
+              "mean: another float");
+    }
 }
 
 void check_max_pool(const Images& images, Side side, gossamer_parallel_for parallel_for) {

@@ -20,12 +20,12 @@ from torch.nn.modules import module as modules
 from gossamer import ops
 from gossamer.layers import Conv2d
 
-from .images import ImageConv2d, ImageMaxPool2d, gives_floats
+from .images import ImageConv2d, ImageMaxPool2d, ImageMean, gives_floats
 from .match import module_of
 
 # As chain.cpp has them.
 _STEMS = ("spmm", "conv_int8", "conv_spmm_int8")
-_OPERATORS = (*(stem + end for stem in _STEMS for end in ("", "_")), "max_pool")
+_OPERATORS = (*(stem + end for stem in _STEMS for end in ("", "_")), "max_pool", "mean")
 _NOTHING, _NEXT = -1, -2
 
 
@@ -202,6 +202,13 @@ def _add_pool(plan: _Plan, module: ImageMaxPool2d, link: _Link, planar: int) -> 
         plan.calls += [len(sizes), *sizes]
 
 
+def _add_mean(plan: _Plan, mean: ImageMean, link: _Link, planar: int) -> None:
+    """`ops.mean`."""
+    plan.facts.append((vars(mean), "channels", mean.channels))
+    _read(plan, mean._buffers, "affine")
+    plan.calls += [_OPERATORS.index("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
+
+
 def _read(plan: _Plan, buffers: Any, *names: str) -> None:
     get = operator.itemgetter(*names)
     plan.sources.append((get if len(names) > 1 else lambda mapping: (get(mapping),), buffers))
@@ -220,6 +227,7 @@ _ADD: dict[type[nn.Module], Callable[..., None]] = {
     Conv2d: _add_floats,
     ImageConv2d: _add_image,
     ImageMaxPool2d: _add_pool,
+    ImageMean: _add_mean,
 }
 
 
@@ -229,9 +237,12 @@ def _kind(module: Any) -> str:
         packed = module.packed
         alone = packed.kernel == "spmm" and not packed.trainable and module._outside is None
         return "floats" if alone else ""
+    if (gives_floats(module) or type(module) is ImageMean) and module.dtype != torch.float32:
+        return ""
     if type(module) is ImageConv2d:
-        narrow = gives_floats(module) and module.dtype != torch.float32
-        return "images" if _stem(module.layer.packed) in _STEMS and not narrow else ""
+        return "images" if _stem(module.layer.packed) in _STEMS else ""
+    if type(module) is ImageMean:
+        return "images"
     return "images" if type(module) is ImageMaxPool2d and not module.pool.ceil_mode else ""
 
 

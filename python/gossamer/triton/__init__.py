@@ -26,6 +26,7 @@ from .gemm_int8 import gemm_int8
 from .gemm_w8 import gemm_w8
 from .im2col import im2col
 from .max_pool import max_pool
+from .mean import mean
 from .quantize_rows import quantize_rows
 from .sddmm import sddmm
 from .spmm import spmm
@@ -60,6 +61,7 @@ __all__ = [
     "gemm_w8",
     "im2col",
     "max_pool",
+    "mean",
     "multiplies_bytes",
     "older",
     "quantize_rows",

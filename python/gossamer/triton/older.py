@@ -23,6 +23,7 @@ INT4_VALUES = VALUES.tolist()
 block = reference.block
 im2col = reference.im2col
 max_pool = reference.max_pool
+mean = reference.mean
 quantize_rows = reference.quantize_rows
 
 
