@@ -72,26 +72,29 @@ extern "C" int gossamer_unblock(const gossamer_input* q, int64_t channels, int64
   });
 }
 
-extern "C" int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
+extern "C" int gossamer_max_pool(const gossamer_input* x, void* y,
                                  gossamer_parallel_for parallel_for) {
   if (!active_kernels()) return fail("%s", isa_error());
-  if (!q || !q->conv) return fail("max_pool needs the geometry of its windows");
-  const gossamer_conv& c = *q->conv;
+  if (!x || !x->conv) return fail("max_pool needs the geometry of its windows");
+  const gossamer_conv& c = *x->conv;
   if (const int status = check_conv(c)) return status;
   if (!y && c.images > 0) return fail("y must not be NULL");
+  const bool bytes = x->dtype == GOSSAMER_UINT8;
+  if (!bytes && !(x->dtype == GOSSAMER_FLOAT32 && x->planar)) {
+    return fail("max_pool is for blocked bytes and for planes of float32");
+  }
   const Work work{c.images, c.out_h, std::min(c.out_h, kPoolRows), 1};
-  const int64_t taps = c.kernel_h * c.kernel_w, line = 4 * pool_line(c);
-  return run(work, macs_of_elements(work, c.out_w * c.channels * taps), Even(), parallel_for,
-             [&](const Tile& tile) {
-               char* own = scratch.reserve(line);
-               if (!own) return false;
-               active_kernels()->max_pool(
-                   static_cast<const uint8_t*>(q->data) +
-                       tile.image * blocked_bytes(c.channels, c.height * c.width),
-                   c, tile.rows, y + tile.image * blocked_bytes(c.channels, c.out_h * c.out_w),
-                   own);
-               return true;
-             });
+  const int64_t taps = c.kernel_h * c.kernel_w, lines = 4 * work.tile * pool_line(c);
+  const int64_t elements = (bytes ? 1 : 4) * c.out_w * c.channels * taps;
+  const int64_t image = 4 * (bytes ? ceil_div(c.channels, 4) : c.channels);  // bytes a pixel
+  return run(work, macs_of_elements(work, elements), Even(), parallel_for, [&](const Tile& tile) {
+    char* own = scratch.reserve(lines);
+    if (!own) return false;
+    active_kernels()->max_pool(
+        static_cast<const char*>(x->data) + tile.image * image * c.height * c.width, x->dtype, c,
+        tile.rows, static_cast<char*>(y) + tile.image * image * c.out_h * c.out_w, own);
+    return true;
+  });
 }
 
 extern "C" int gossamer_mean(const gossamer_input* q, int64_t channels, int64_t pixels, float* y,

@@ -227,6 +227,21 @@ def test_the_last_of_bytes_gives_floats(dtype: torch.dtype, calls: list[int]) ->
     assert_same(y, one_by_one(fused, x))
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1, ceil_mode=True)], ids=str)
+def test_floats_are_pooled_in_the_chain(pool: nn.Module, calls: list[int]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3), pool, nn.MaxPool2d(2), nn.Flatten())
+    x = images()
+    model = static(net, x)
+    fused = gs.fuse(model, x)
+    y = run(fused, x)
+    assert_same(y, run(model, x))
+    assert calls == [1] and [row.runs for row in fused.report][2:] == [
+        *("Conv2d Int8(activations=static)", "SeparableMaxPool2d", "SeparableMaxPool2d", "Flatten")
+    ]
+    with pytest.raises(RuntimeError, match="too small"):
+        run(fused, x[..., :5, :5])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_floats(dtype: torch.dtype, calls: list[int]) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
@@ -332,7 +347,7 @@ def test_refusals_of_the_operator() -> None:
         ([6, -1], "no value for argument -1"),
         ([0, 1, 1], "no value for argument 1"),
         ([0, 0, -2, -2], "more weights than there are"),
-        ([6, 0, *[2, 1, 1] * 4], "must be a blocked image"),
+        ([6, 0, *[2, 1, 1] * 4], "conv needs 11 integers, got 9"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.chain([x], [weight], call)

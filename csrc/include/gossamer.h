@@ -164,11 +164,11 @@ GOSSAMER_API int gossamer_block(const gossamer_input* x, int64_t channels, int64
 GOSSAMER_API int gossamer_unblock(const gossamer_input* q, int64_t channels, int64_t pixels,
                                   void* y, gossamer_dtype dtype,
                                   gossamer_parallel_for parallel_for);
-/* The largest of each window of q->conv, of blocked images: bytes are ordered as what they stand
- * for. What lies outside is 0. */
-GOSSAMER_API int gossamer_max_pool(const gossamer_input* q, uint8_t* y,
+/* The largest of each window of x->conv: of a blocked image, whose bytes are ordered as what they
+ * stand for, or of planes of float32 (x->planar), where a NaN is the largest. What lies outside is the
+ * least there is. */
+GOSSAMER_API int gossamer_max_pool(const gossamer_input* x, void* y,
                                    gossamer_parallel_for parallel_for);
-
 /* The mean of all pixels of each channel: y is (rows, channels), (sum - pixels * zero) * (scale /
  * pixels) of exact sums, rounded once. */
 GOSSAMER_API int gossamer_mean(const gossamer_input* q, int64_t channels, int64_t pixels, float* y,

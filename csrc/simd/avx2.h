@@ -137,6 +137,7 @@ static inline F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 static inline F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline F32 muladd(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+static inline F32 larger(F32 a, F32 b) { return {_mm256_or_ps(max(a, b).v, max(b, a).v)}; }
 static inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
 static inline F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 static inline F32 copysign(F32 a, F32 b) {

@@ -124,6 +124,7 @@ static inline F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline F32 muladd(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline F32 larger(F32 a, F32 b) { return {_mm512_or_ps(max(a, b).v, max(b, a).v)}; }
 static inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
 static inline F32 copysign(F32 a, F32 b) {

@@ -166,6 +166,11 @@ static inline F32 muladd(F32 a, F32 b, F32 c) {
 static inline F32 max(F32 a, F32 b) {
   return each<F32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+// NaN where either is: the bits of max(a, b) and of max(b, a) joined.
+static inline F32 larger(F32 a, F32 b) {
+  const F32 one = max(a, b), other = max(b, a);
+  return each<F32>([&](int i) { return from_bits(to_bits(one.v[i]) | to_bits(other.v[i])); });
+}
 static inline F32 min(F32 a, F32 b) {
   return each<F32>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }

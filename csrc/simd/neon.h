@@ -120,6 +120,11 @@ static inline F32 div(F32 a, F32 b) { return {vdivq_f32(a.v, b.v)}; }
 static inline F32 muladd(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 // vmaxq and vminq would return NaN where either is.
 static inline F32 max(F32 a, F32 b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+static inline F32 larger(F32 a, F32 b) {
+  const uint32x4_t one = vreinterpretq_u32_f32(max(a, b).v),
+                   other = vreinterpretq_u32_f32(max(b, a).v);
+  return {vreinterpretq_f32_u32(vorrq_u32(one, other))};
+}
 static inline F32 min(F32 a, F32 b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
 static inline F32 abs(F32 a) { return {vabsq_f32(a.v)}; }
 static inline F32 copysign(F32 a, F32 b) { return {vbslq_f32(vdupq_n_u32(0x80000000), b.v, a.v)}; }

@@ -133,20 +133,28 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = y.release();
 }
 
-// (q, kernel, stride, padding, dilation) -> y
+// (x, kernel, stride, padding, dilation) -> y
 void max_pool(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack, kMaxPool);
-  const Tensor q = arguments.tensor();
-  Blocked input(q, 1, 0);
+  const Tensor x = arguments.tensor();
   std::vector<int64_t> kernel = arguments.integers(), stride = arguments.integers(),
                        padding = arguments.integers(), dilation = arguments.integers();
   std::vector<int64_t> geometry(kernel);
   for (const std::vector<int64_t>* more : {&stride, &dilation, &padding})
     geometry.insert(geometry.end(), more->begin(), more->end());
-  geometry.push_back(0);
-  input.convolve(q, geometry);
-  Tensor y = Tensor::empty(input.result(4 * q.sizes[1]));
-  require_gossamer(gossamer_max_pool(&input.view, static_cast<uint8_t*>(y.data), parallel_for));
+  geometry.push_back(1);
+  const int32_t floats = aoti_torch_dtype_float32();
+  if (x.dim == 4 && x.dtype == floats && x.contiguous()) {
+    const Input input(x, 0, geometry, true);
+    Tensor y = Tensor::empty(image_layout(input.conv, x.sizes[1], true, floats));
+    require_gossamer(gossamer_max_pool(&input.view, y.data, parallel_for));
+    stack[0] = y.release();
+    return;
+  }
+  Blocked input(x, 1, 0);
+  input.convolve(x, geometry);
+  Tensor y = Tensor::empty(input.result(4 * x.sizes[1]));
+  require_gossamer(gossamer_max_pool(&input.view, y.data, parallel_for));
   stack[0] = y.release();
 }
 

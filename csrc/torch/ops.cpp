@@ -252,7 +252,7 @@ const Operator kOperators[] = {
     {"block", "block(Tensor x, Tensor affine) -> Tensor", block},
     {"unblock", "unblock(Tensor q, Tensor affine, int channels, int to) -> Tensor", unblock},
     {"max_pool",
-     "max_pool(Tensor q, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
+     "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
      max_pool},
     {"mean", "mean(Tensor q, Tensor affine, int channels, int keepdim) -> Tensor", mean},
     {"conv_int8", "conv_int8(" CONV_INT8(ANY) " -> Tensor", conv_int8<false>},

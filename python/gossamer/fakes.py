@@ -94,7 +94,9 @@ def _(q, affine, channels, to):
 
 @torch.library.register_fake("gossamer::max_pool")
 def _(q, kernel, stride, padding, dilation):
-    geometry = [*kernel, *stride, *dilation, *padding, 0]
+    geometry = [*kernel, *stride, *dilation, *padding, 1]
+    if q.dim() == 4:
+        return _product_like(q, q.shape[1], geometry)
     return _blocked(q, 4 * q.shape[1], *_conv_shape(q[..., 0], geometry))
 
 

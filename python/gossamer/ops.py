@@ -285,16 +285,17 @@ def unblock(q: Tensor, affine: Tensor, channels: int, dtype: torch.dtype = torch
 
 
 def max_pool(
-    q: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The largest of each window of a blocked image q, exactly.
+    """The largest of each window, exactly; a NaN is the largest.
 
     Args:
+        x: a blocked image; on a CPU also (images, channels, height, width) float32, contiguous.
         kernel, stride, dilation: height and width.
         padding: top, bottom, left, right; what lies there is never the largest.
     """
-    run = _gpu(q.device).max_pool if _on_gpu(q, q) else _max_pool
-    return run(q, kernel, stride, padding, dilation)
+    run = _gpu(x.device).max_pool if _on_gpu(x, x) else _max_pool
+    return run(x, kernel, stride, padding, dilation)
 
 
 def mean(q: Tensor, affine: Tensor, channels: int, keepdim: bool = False) -> Tensor:

@@ -217,13 +217,16 @@ def unblock(q: Tensor, affine: Tensor, channels: int, dtype: torch.dtype = torch
 def max_pool(
     q: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The largest byte of each window of a blocked image; padding: top, bottom, left, right.
+    """The largest of each window of a blocked image, or of floats; padding as in `ops.max_pool`.
 
     >>> q = torch.tensor([1, 5, 3], dtype=torch.uint8).view(1, 1, 1, 3, 1).expand(-1, -1, -1, -1, 4)
     >>> max_pool(q, [1, 2], [1, 1], [0, 0, 0, 0], [1, 1])[..., 0]
     tensor([[[[5, 5]]]], dtype=torch.uint8)
     """
     top, bottom, left, right = padding
+    if q.dim() == 4:
+        wide = torch.nn.functional.pad(q, (left, right, top, bottom), value=-torch.inf)
+        return torch.nn.functional.max_pool2d(wide, kernel, stride, 0, dilation)
     planes = torch.nn.functional.pad(q.movedim(-1, 2).flatten(1, 2), (left, right, top, bottom))
     # As float64: torch pools no bytes, and pads by no more than half a window.
     y = torch.nn.functional.max_pool2d(planes.double(), kernel, stride, 0, dilation)

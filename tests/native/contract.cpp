@@ -13,6 +13,7 @@ bool check_floats() {
          floats("mul", [](auto a, auto b, auto...) { return mul(a, b); }) &&
          floats("div", [](auto a, auto b, auto...) { return div(a, b); }) &&
          floats("max", [](auto a, auto b, auto...) { return max(a, b); }) &&
+         floats("larger", [](auto a, auto b, auto...) { return larger(a, b); }) &&
          floats("min", [](auto a, auto b, auto...) { return min(a, b); }) &&
          floats("abs", [](auto a, auto...) { return abs(a); }) &&
          floats("copysign", [](auto a, auto b, auto...) { return copysign(a, b); }) &&

@@ -107,6 +107,33 @@ void check_block(const Images& images, Side side, gossamer_parallel_for parallel
     }
 }
 
+void check_max_pool_of_floats(const Images& images, Side side, gossamer_parallel_for parallel_for) {
+  const gossamer_conv& c = images.c;
+  const int64_t planes = c.images * c.channels;
+  std::vector<float> values;
+  for (int64_t at = 0; at < planes * images.pixels; ++at) {
+    values.push_back(images.at(at / images.pixels / c.channels, at / images.pixels % c.channels,
+                               at % images.pixels));
+  }
+  const Guarded<float> x(values, side);
+  Guarded<float> y(planes * images.out_pixels, side);
+  const gossamer_input input = images.view(x.data(), GOSSAMER_FLOAT32, 1);
+  require_ok(gossamer_max_pool(&input, y.data(), parallel_for));
+  for (int64_t at = 0; at < planes * images.out_pixels; ++at) {
+    const int64_t plane = at / images.out_pixels, pixel = at % images.out_pixels;
+    float largest = -INFINITY;
+    for (int64_t tap = 0; tap < c.kernel_h * c.kernel_w; ++tap) {
+      const int64_t row =
+                        pixel / c.out_w * c.stride_h - c.pad_top + tap / c.kernel_w * c.dilation_h,
+                    column =
+                        pixel % c.out_w * c.stride_w - c.pad_left + tap % c.kernel_w * c.dilation_w;
+      if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
+      largest = std::max(largest, values[size_t((plane * c.height + row) * c.width + column)]);
+    }
+    require(y.data()[at] == largest, "max_pool: not the largest float");
+  }
+}
+
 void check_max_pool(const Images& images, Side side, gossamer_parallel_for parallel_for) {
   const gossamer_conv& c = images.c;
   const std::vector<uint8_t> bytes = images.blocked();
@@ -128,6 +155,7 @@ void check_max_pool(const Images& images, Side side, gossamer_parallel_for paral
     }
     require(y.data()[at] == largest, "max_pool: not the largest");
   }
+  check_max_pool_of_floats(images, side, parallel_for);
 }
 
 // One convolution between blocked images: what its bytes must be near to, and are.

@@ -20,8 +20,9 @@ from torch.nn.modules import module as modules
 from gossamer import ops
 from gossamer.layers import Conv2d
 
-from .images import ImageConv2d, ImageMaxPool2d, ImageMean, gives_floats
-from .match import module_of
+from .images import ImageConv2d, ImageMean, gives_floats
+from .match import module_of, source
+from .pools import ImageMaxPool2d, SeparableMaxPool2d
 
 # As chain.cpp has them.
 _STEMS = ("spmm", "conv_int8", "conv_spmm_int8")
@@ -192,13 +193,12 @@ def _add_tail(plan: _Plan, layer: Any, planar: int) -> None:
     plan.calls += [layer.packed.k, layer._activation, len(layer._conv) + 1, *layer._conv, planar]
 
 
-def _add_pool(plan: _Plan, module: ImageMaxPool2d, link: _Link, planar: int) -> None:
+def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
     """`ops.max_pool`."""
     pool = module.pool
-    padding = [side for side in pool.padding for _ in range(2)]
     plan.facts.append((vars(module), "pool", pool))
     plan.calls += [_OPERATORS.index("max_pool"), link.x]
-    for sizes in (pool.kernel, pool.stride, padding, pool.dilation):
+    for sizes in pool.arguments(0, 0):  # not of ceil_mode, which counts what there is
         plan.calls += [len(sizes), *sizes]
 
 
@@ -227,6 +227,7 @@ _ADD: dict[type[nn.Module], Callable[..., None]] = {
     Conv2d: _add_floats,
     ImageConv2d: _add_image,
     ImageMaxPool2d: _add_pool,
+    SeparableMaxPool2d: _add_pool,
     ImageMean: _add_mean,
 }
 
@@ -243,18 +244,27 @@ def _kind(module: Any) -> str:
         return "images" if _stem(module.layer.packed) in _STEMS else ""
     if type(module) is ImageMean:
         return "images"
-    return "images" if type(module) is ImageMaxPool2d and not module.pool.ceil_mode else ""
+    pools = type(module) in (ImageMaxPool2d, SeparableMaxPool2d)
+    return "images" if pools and not module.pool.ceil_mode else ""
 
 
 def chains_of(graph: fx.Graph) -> list[Chain]:
     """The longest runs of two and more layers of one kind."""
     runs: list[tuple[str, list[fx.Node]]] = [("", [])]
     for node in graph.nodes:
-        kind = "" if node.kwargs else _kind(module_of(node))
+        kind = "" if node.kwargs or _pools_others(node, runs[-1][1]) else _kind(module_of(node))
         if kind != runs[-1][0]:
             runs.append((kind, []))
         runs[-1][1].append(node)
     return [Chain(run, kind) for kind, run in runs if kind and len(run) > 1]
+
+
+def _pools_others(node: fx.Node, run: Sequence[fx.Node]) -> bool:
+    """Whether a node pools floats that no convolution of the run has just made."""
+    before = source(node)
+    if type(module_of(node)) is not SeparableMaxPool2d or before is None:
+        return False
+    return before not in run or not gives_floats(module_of(before))
 
 
 def shortened(root: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:

@@ -1,9 +1,9 @@
 """What stays in floats, with fewer passes over memory.
 
-Max-pools, the dense convolution of an image's three channels and sums are torch's operators
-still, called so that they cost less. ResNet-50, batch 1: torch's max-pool takes 6.1 ms of planes
-and 0.3 of channels that lie innermost, torch.maximum of one tap after the other 0.5 and 0.2.
-oneDNN's convolution writes either in the same 2.5 ms.
+The dense convolution of an image's three channels and sums are torch's operators still, called so
+that they cost less. ResNet-50, batch 1: torch's max-pool takes 6.1 ms of planes and 0.3 of channels
+that lie innermost, torch.maximum of one tap after the other 0.5 and 0.2. oneDNN's convolution
+writes either in the same 2.5 ms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from gossamer import ops, reference
@@ -30,56 +29,8 @@ from .match import (
     source,
     title,
 )
+from .pools import SeparableMaxPool2d
 from .trace import Fused
-
-
-class SeparableMaxPool2d(nn.Module):
-    """max_pool2d of floats, down the columns and then along the rows, by torch.maximum."""
-
-    def __init__(self, pool: MaxPool) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Exact, NaN included; the result has the memory format of x."""
-        alone = x.device.type == "cpu" and x.dim() == 4 and not x.requires_grad
-        if not alone or torch.compiler.is_compiling():
-            pool = self.pool
-            return F.max_pool2d(
-                x, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-            )
-        return self._along(self._along(x, 0), 1)
-
-    def _along(self, x: Tensor, i: int) -> Tensor:
-        """The largest of each window's rows (i = 0) or columns (1)."""
-        pool, size, dim = self.pool, x.size(2 + i), 2 + i
-        kernel, stride, padding, dilation = (
-            value[i] for value in (pool.kernel, pool.stride, pool.padding, pool.dilation)
-        )
-        windows = pool.windows(size, i)
-        # What each tap reads: of all windows, or of those from one on that are not padding there.
-        whole: list[Tensor] = []
-        some: list[tuple[int, Tensor]] = []
-        for first in range(-padding, kernel * dilation - padding, dilation):
-            begin = max(0, -(first // stride))
-            count = min(windows, (size - 1 - first) // stride + 1) - begin
-            places = slice(first + begin * stride, first + (begin + count) * stride, stride)
-            if 0 < count == windows:
-                whole.append(x[:, :, places] if i == 0 else x[..., places])
-            elif count > 0:
-                some.append((begin, x[:, :, places] if i == 0 else x[..., places]))
-        if len(whole) < 2:
-            both = ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
-            sizes = [b if i == 0 else b[::-1] for b in both]
-            return F.max_pool2d(x, sizes[0], sizes[1], sizes[2], sizes[3], pool.ceil_mode)
-        y = torch.maximum(whole[0], whole[1])
-        for begin, part in [(0, part) for part in whole[2:]] + some:
-            # Clamping from below by a tensor is torch.maximum in place.
-            y.narrow(dim, begin, part.size(dim)).clamp_min_(part)
-        return y
-
-    def extra_repr(self) -> str:
-        return str(self.pool)
 
 
 class PooledConv2d(nn.Module):

@@ -16,8 +16,6 @@ from gossamer import ops
 from gossamer.dtypes import KeepsDtypes
 from gossamer.layers import Conv2d
 
-from .match import MaxPool
-
 
 def shape_of(x: Tensor, channels: int, dim: int | None = None) -> Any:
     """The shape that an 8-bit image has as floats, or one dimension of it."""
@@ -94,33 +92,6 @@ class ImageConv2d(KeepsDtypes):
 def gives_floats(module: nn.Module | None) -> bool:
     """Whether it is a convolution of bytes to floats."""
     return isinstance(module, ImageConv2d) and module.y_affine is None
-
-
-class ImageMaxPool2d(KeepsDtypes):
-    """max_pool2d of bytes, whose order is that of the values: exact."""
-
-    def __init__(self, pool: MaxPool) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The largest byte under each window."""
-        pool = self.pool
-        ends = [self._end(x.size(2 + i), i) for i in (0, 1)]
-        padding = [pool.padding[0], ends[0], pool.padding[1], ends[1]]
-        kernel, stride, dilation = (list(p) for p in (pool.kernel, pool.stride, pool.dilation))
-        return ops.max_pool(x, kernel, stride, padding, dilation)
-
-    def _end(self, size: int, i: int) -> int:
-        """Padding behind the last row or column; of ceil_mode, what completes the last window."""
-        pool = self.pool
-        if not pool.ceil_mode:
-            return pool.padding[i]
-        reach = pool.dilation[i] * (pool.kernel[i] - 1) + 1
-        return (pool.windows(size, i) - 1) * pool.stride[i] + reach - size - pool.padding[i]
-
-    def extra_repr(self) -> str:
-        return str(self.pool)
 
 
 class ImageUpsample(KeepsDtypes):

@@ -168,6 +168,19 @@ class MaxPool:
         # A window must not begin behind the input.
         return last + int(last * self.stride[i] < size + self.padding[i])
 
+    def arguments(self, height: int, width: int) -> tuple[list[int], ...]:
+        """As `ops.max_pool` takes them for such images."""
+        top, left = self.padding
+        padding = [top, self._end(height, 0), left, self._end(width, 1)]
+        return list(self.kernel), list(self.stride), padding, list(self.dilation)
+
+    def _end(self, size: int, i: int) -> int:
+        """Padding behind the last row or column; of ceil_mode, what completes the last window."""
+        if not self.ceil_mode:
+            return self.padding[i]
+        reach = self.dilation[i] * (self.kernel[i] - 1) + 1
+        return (self.windows(size, i) - 1) * self.stride[i] + reach - size - self.padding[i]
+
 
 @dataclass(frozen=True)
 class Nearest:

@@ -10,9 +10,10 @@ from torch import fx
 
 from gossamer.layers import Conv2d, Linear
 
-from .floats import PooledConv2d, SeparableMaxPool2d
-from .images import ImageConv2d, ImageMaxPool2d, ToInt8
+from .floats import PooledConv2d
+from .images import ImageConv2d, ToInt8
 from .match import module_of
+from .pools import ImageMaxPool2d, SeparableMaxPool2d
 
 # Modules whose results are memory of their own, and nothing that they were given.
 _FRESH = (Conv2d, ImageConv2d, ImageMaxPool2d, Linear, PooledConv2d, SeparableMaxPool2d, ToInt8)

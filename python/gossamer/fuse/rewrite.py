@@ -11,7 +11,6 @@ from torch import Tensor, fx, nn
 from .graph import add_module, seen
 from .images import (
     ImageConv2d,
-    ImageMaxPool2d,
     ImageMean,
     ImageRelu,
     ImageUpsample,
@@ -21,6 +20,7 @@ from .images import (
 )
 from .match import Cat, MaxPool, Nearest, PixelMean, label, shape_read, source, title
 from .plan import Plan, Residual, parts, static_conv
+from .pools import ImageMaxPool2d
 from .trace import Fused
 
 

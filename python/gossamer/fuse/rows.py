@@ -15,7 +15,6 @@ from gossamer.report import Report
 from .graph import own_layer, seen
 from .images import (
     ImageConv2d,
-    ImageMaxPool2d,
     ImageRelu,
     ImageUpsample,
     ToFloat,
@@ -23,6 +22,7 @@ from .images import (
     gives_floats,
 )
 from .match import label, module_of, title, titles
+from .pools import ImageMaxPool2d
 
 _BYTES = (ImageConv2d, ImageMaxPool2d, ImageRelu, ImageUpsample, ToInt8)
 

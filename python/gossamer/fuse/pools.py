@@ -1,0 +1,83 @@
+"""Max-pools, of 8-bit images and of floats."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer import ops
+from gossamer.dtypes import KeepsDtypes
+
+from .match import MaxPool
+
+
+class ImageMaxPool2d(KeepsDtypes):
+    """max_pool2d of bytes, whose order is that of the values: exact."""
+
+    def __init__(self, pool: MaxPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The largest byte under each window."""
+        return ops.max_pool(x, *self.pool.arguments(x.size(2), x.size(3)))
+
+    def extra_repr(self) -> str:
+        return str(self.pool)
+
+
+class SeparableMaxPool2d(nn.Module):
+    """max_pool2d of floats, down the columns and then along the rows.
+
+    By `ops.max_pool` where they are contiguous, else by torch.maximum.
+    """
+
+    def __init__(self, pool: MaxPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Exact, NaN included; the result has the memory format of x."""
+        alone = x.device.type == "cpu" and x.dim() == 4 and not x.requires_grad
+        pool = self.pool
+        if not alone or torch.compiler.is_compiling():
+            return F.max_pool2d(
+                x, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+            )
+        sizes = x.size(2), x.size(3)
+        fits = min(pool.windows(size, i) for i, size in enumerate(sizes)) > 0
+        if fits and x.dtype == torch.float32 and x.is_contiguous():
+            return ops.max_pool(x, *pool.arguments(*sizes))
+        return self._along(self._along(x, 0), 1)
+
+    def _along(self, x: Tensor, i: int) -> Tensor:
+        """The largest of each window's rows (i = 0) or columns (1)."""
+        pool, size, dim = self.pool, x.size(2 + i), 2 + i
+        kernel, stride, padding, dilation = (
+            value[i] for value in (pool.kernel, pool.stride, pool.padding, pool.dilation)
+        )
+        windows = pool.windows(size, i)
+        # What each tap reads: of all windows, or of those from one on that are not padding there.
+        whole: list[Tensor] = []
+        some: list[tuple[int, Tensor]] = []
+        for first in range(-padding, kernel * dilation - padding, dilation):
+            begin = max(0, -(first // stride))
+            count = min(windows, (size - 1 - first) // stride + 1) - begin
+            places = slice(first + begin * stride, first + (begin + count) * stride, stride)
+            if 0 < count == windows:
+                whole.append(x[:, :, places] if i == 0 else x[..., places])
+            elif count > 0:
+                some.append((begin, x[:, :, places] if i == 0 else x[..., places]))
+        if len(whole) < 2:
+            both = ((kernel, 1), (stride, 1), (padding, 0), (dilation, 1))
+            sizes = [b if i == 0 else b[::-1] for b in both]
+            return F.max_pool2d(x, sizes[0], sizes[1], sizes[2], sizes[3], pool.ceil_mode)
+        y = torch.maximum(whole[0], whole[1])
+        for begin, part in [(0, part) for part in whole[2:]] + some:
+            # Clamping from below by a tensor is torch.maximum in place.
+            y.narrow(dim, begin, part.size(dim)).clamp_min_(part)
+        return y
+
+    def extra_repr(self) -> str:
+        return str(self.pool)
