@@ -85,14 +85,14 @@ extern "C" int gossamer_max_pool(const gossamer_input* x, void* y,
   }
   const Work work{c.images, c.out_h, std::min(c.out_h, kPoolRows), 1};
   const int64_t taps = c.kernel_h * c.kernel_w, lines = 4 * work.tile * pool_line(c);
-  const int64_t elements = (bytes ? 1 : 4) * c.out_w * c.channels * taps;
-  const int64_t image = 4 * (bytes ? ceil_div(c.channels, 4) : c.channels);  // bytes a pixel
-  return run(work, macs_of_elements(work, elements), Even(), parallel_for, [&](const Tile& tile) {
+  const int64_t pixel = bytes ? blocked_bytes(c.channels, 1) : 4 * c.channels;
+  const double macs = macs_of_elements(work, pixel * c.out_w * taps);
+  return run(work, macs, Even(), parallel_for, [&](const Tile& tile) {
     char* own = scratch.reserve(lines);
     if (!own) return false;
     active_kernels()->max_pool(
-        static_cast<const char*>(x->data) + tile.image * image * c.height * c.width, x->dtype, c,
-        tile.rows, static_cast<char*>(y) + tile.image * image * c.out_h * c.out_w, own);
+        static_cast<const char*>(x->data) + tile.image * pixel * c.height * c.width, x->dtype, c,
+        tile.rows, static_cast<char*>(y) + tile.image * pixel * c.out_h * c.out_w, own);
     return true;
   });
 }

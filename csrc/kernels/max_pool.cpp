@@ -6,8 +6,9 @@
 //   y     (planes, out_h, out_w) words   of which some rows
 //
 // Down the columns into lines, whose ends stay the least there is: what lies outside of the image. Then
-// along the lines, where no tap leaves them; of all rows, for what was just stored is not read well. ResNet-50's 3 x 3 / 2 of bytes, avx512vnni, one core: 81 us
-// for the 118 of tap by tap, whose vectors meet the ends of rows.
+// along the lines, where no tap leaves them; of all rows, for what was just stored is not read well.
+// ResNet-50's 3 x 3 / 2 of bytes, avx512vnni, one core: 81 us for the 118 of tap by tap, whose vectors
+// meet the ends of rows.
 // Tails: masked loads and stores; behind the last column the line holds what nobody reads.
 // Numerics: moves words only; a NaN is the largest.
 

@@ -143,19 +143,19 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
   for (const std::vector<int64_t>* more : {&stride, &dilation, &padding})
     geometry.insert(geometry.end(), more->begin(), more->end());
   geometry.push_back(1);
+  const auto pool = [&](const gossamer_input& view, const Layout& layout) {
+    Tensor y = Tensor::empty(layout);
+    require_gossamer(gossamer_max_pool(&view, y.data, parallel_for));
+    stack[0] = y.release();
+  };
   const int32_t floats = aoti_torch_dtype_float32();
   if (x.dim == 4 && x.dtype == floats && x.contiguous()) {
     const Input input(x, 0, geometry, true);
-    Tensor y = Tensor::empty(image_layout(input.conv, x.sizes[1], true, floats));
-    require_gossamer(gossamer_max_pool(&input.view, y.data, parallel_for));
-    stack[0] = y.release();
-    return;
+    return pool(input.view, image_layout(input.conv, x.sizes[1], true, floats));
   }
   Blocked input(x, 1, 0);
   input.convolve(x, geometry);
-  Tensor y = Tensor::empty(input.result(4 * x.sizes[1]));
-  require_gossamer(gossamer_max_pool(&input.view, y.data, parallel_for));
-  stack[0] = y.release();
+  pool(input.view, input.result(4 * x.sizes[1]));
 }
 
 // (q, affine, channels, keepdim) -> y

@@ -1,4 +1,7 @@
-"""What calibration and quantization-aware training leave on a module, as plain attributes."""
+"""What calibration, rounding and quantization-aware training leave on a module, and its packing.
+
+They are plain attributes of the module.
+"""
 
 from __future__ import annotations
 

@@ -107,6 +107,17 @@ void check_block(const Images& images, Side side, gossamer_parallel_for parallel
     }
 }
 
+// body(pixel of the image) for what lies under the window of an output pixel.
+template <typename Body>
+void each_tap(const gossamer_conv& c, int64_t pixel, Body body) {
+  for (int64_t tap = 0; tap < c.kernel_h * c.kernel_w; ++tap) {
+    const int64_t row = pixel / c.out_w * c.stride_h - c.pad_top + tap / c.kernel_w * c.dilation_h,
+                  column =
+                      pixel % c.out_w * c.stride_w - c.pad_left + tap % c.kernel_w * c.dilation_w;
+    if (row >= 0 && row < c.height && column >= 0 && column < c.width) body(row * c.width + column);
+  }
+}
+
 void check_max_pool_of_floats(const Images& images, Side side, gossamer_parallel_for parallel_for) {
   const gossamer_conv& c = images.c;
   const int64_t planes = c.images * c.channels;
@@ -122,14 +133,9 @@ void check_max_pool_of_floats(const Images& images, Side side, gossamer_parallel
   for (int64_t at = 0; at < planes * images.out_pixels; ++at) {
     const int64_t plane = at / images.out_pixels, pixel = at % images.out_pixels;
     float largest = -INFINITY;
-    for (int64_t tap = 0; tap < c.kernel_h * c.kernel_w; ++tap) {
-      const int64_t row =
-                        pixel / c.out_w * c.stride_h - c.pad_top + tap / c.kernel_w * c.dilation_h,
-                    column =
-                        pixel % c.out_w * c.stride_w - c.pad_left + tap % c.kernel_w * c.dilation_w;
-      if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-      largest = std::max(largest, values[size_t((plane * c.height + row) * c.width + column)]);
-    }
+    each_tap(c, pixel, [&](int64_t at_pixel) {
+      largest = std::max(largest, values[size_t(plane * images.pixels + at_pixel)]);
+    });
     require(y.data()[at] == largest, "max_pool: not the largest float");
   }
 }
@@ -144,15 +150,10 @@ void check_max_pool(const Images& images, Side side, gossamer_parallel_for paral
   for (int64_t at = 0; at < c.images * blocks_of(c.channels) * images.out_pixels * 4; ++at) {
     const int64_t plane = at / 4 / images.out_pixels, pixel = at / 4 % images.out_pixels;
     int largest = 0;
-    for (int64_t tap = 0; tap < c.kernel_h * c.kernel_w; ++tap) {
-      const int64_t row =
-                        pixel / c.out_w * c.stride_h - c.pad_top + tap / c.kernel_w * c.dilation_h,
-                    column =
-                        pixel % c.out_w * c.stride_w - c.pad_left + tap % c.kernel_w * c.dilation_w;
-      if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-      const int64_t from = ((plane * c.height + row) * c.width + column) * 4 + at % 4;
+    each_tap(c, pixel, [&](int64_t at_pixel) {
+      const int64_t from = (plane * images.pixels + at_pixel) * 4 + at % 4;
       largest = std::max<int>(largest, bytes[static_cast<size_t>(from)]);
-    }
+    });
     require(y.data()[at] == largest, "max_pool: not the largest");
   }
   check_max_pool_of_floats(images, side, parallel_for);

@@ -44,10 +44,10 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     Where all nodes are known to treat each image by itself, a batch runs in pieces of as many
     images as leave values of 2 MB, an image a thread at least; pieces join where values get small.
 
-    The module takes inputs of other sizes and batches than the example's, as far as the model does;
-    its results do not depend on what else is in the batch. Values that go back to floats have the
-    dtype that they had in the example. A NaN or an Inf, which no byte can stand for, is an error
-    where floats become bytes.
+    The module takes inputs of other sizes and batches than the example's, of as many dimensions, as
+    far as the model does; its results do not depend on what else is in the batch. Values that go
+    back to floats have the dtype that they had in the example. A NaN or an Inf, which no byte can
+    stand for, is an error where floats become bytes.
 
     Args:
         model: in eval mode, on the CPU, after `compress_`; it stays as it is, and its tensors are

@@ -198,13 +198,13 @@ def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
     pool = module.pool
     plan.facts.append((vars(module), "pool", pool))
     plan.calls += [_OPERATORS.index("max_pool"), link.x]
-    for sizes in pool.arguments(0, 0):  # not of ceil_mode, which counts what there is
+    for sizes in pool.geometry(0, 0):  # not of ceil_mode, which counts what there is
         plan.calls += [len(sizes), *sizes]
 
 
 def _add_mean(plan: _Plan, mean: ImageMean, link: _Link, planar: int) -> None:
     """`ops.mean`."""
-    plan.facts.append((vars(mean), "channels", mean.channels))
+    plan.facts += [(vars(mean), name, getattr(mean, name)) for name in ("channels", "keepdim")]
     _read(plan, mean._buffers, "affine")
     plan.calls += [_OPERATORS.index("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
 
@@ -238,14 +238,13 @@ def _kind(module: Any) -> str:
         packed = module.packed
         alone = packed.kernel == "spmm" and not packed.trainable and module._outside is None
         return "floats" if alone else ""
-    if (gives_floats(module) or type(module) is ImageMean) and module.dtype != torch.float32:
+    if type(module) in (ImageMaxPool2d, SeparableMaxPool2d):
+        return "" if module.pool.ceil_mode else "images"
+    if type(module) is ImageConv2d and _stem(module.layer.packed) not in _STEMS:
         return ""
-    if type(module) is ImageConv2d:
-        return "images" if _stem(module.layer.packed) in _STEMS else ""
-    if type(module) is ImageMean:
-        return "images"
-    pools = type(module) in (ImageMaxPool2d, SeparableMaxPool2d)
-    return "images" if pools and not module.pool.ceil_mode else ""
+    floats = type(module) is ImageMean or gives_floats(module)
+    known = module.dtype == torch.float32 if floats else type(module) is ImageConv2d
+    return "images" if known else ""
 
 
 def chains_of(graph: fx.Graph) -> list[Chain]:

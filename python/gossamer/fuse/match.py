@@ -168,7 +168,7 @@ class MaxPool:
         # A window must not begin behind the input.
         return last + int(last * self.stride[i] < size + self.padding[i])
 
-    def arguments(self, height: int, width: int) -> tuple[list[int], ...]:
+    def geometry(self, height: int, width: int) -> tuple[list[int], ...]:
         """As `ops.max_pool` takes them for such images."""
         top, left = self.padding
         padding = [top, self._end(height, 0), left, self._end(width, 1)]

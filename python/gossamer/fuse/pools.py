@@ -21,7 +21,7 @@ class ImageMaxPool2d(KeepsDtypes):
 
     def forward(self, x: Tensor) -> Tensor:
         """The largest byte under each window."""
-        return ops.max_pool(x, *self.pool.arguments(x.size(2), x.size(3)))
+        return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
 
     def extra_repr(self) -> str:
         return str(self.pool)
@@ -48,7 +48,7 @@ class SeparableMaxPool2d(nn.Module):
         sizes = x.size(2), x.size(3)
         fits = min(pool.windows(size, i) for i, size in enumerate(sizes)) > 0
         if fits and x.dtype == torch.float32 and x.is_contiguous():
-            return ops.max_pool(x, *pool.arguments(*sizes))
+            return ops.max_pool(x, *pool.geometry(*sizes))
         return self._along(self._along(x, 0), 1)
 
     def _along(self, x: Tensor, i: int) -> Tensor:

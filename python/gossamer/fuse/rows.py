@@ -121,10 +121,10 @@ def _why_not(node: fx.Node, module: nn.Module | None) -> str:
     """What a reader of the table would ask of a node that runs in floats."""
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         return unsupported(module) or "depthwise: Int8(activations='static') would keep 8 bits"
-    static = isinstance(module, Conv2d) and module.packed.static
-    if isinstance(module, Conv2d) and static and not module.takes_images:
-        return f"padding_mode={module.padding_mode!r} pads floats"
-    if gives_floats(module) or (static and not own_layer(node)):
+    static = module if isinstance(module, Conv2d) and module.packed.static else None
+    if static is not None and not static.takes_images:
+        return f"padding_mode={static.padding_mode!r} pads floats"
+    if gives_floats(module) or (static is not None and not own_layer(node)):
         readers = titles(node.users)
         return f"gives fp32: {readers} {'reads' if len(node.users) == 1 else 'read'} it so"
     if isinstance(module, ToFloat):

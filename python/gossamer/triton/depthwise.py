@@ -13,6 +13,8 @@ from torch import Tensor
 from gossamer import reference
 from gossamer.ops import ACTIVATIONS
 
+from .operands import laid_out
+
 
 def is_depthwise(k: int, conv: list[int]) -> bool:
     """Whether a weight has the columns of one channel."""
@@ -42,10 +44,6 @@ def _dequantized(
     return y if bias is None else y + bias[:, None, None]
 
 
-def _laid_out(y: Tensor, conv: list[int]) -> Tensor:
-    return y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
-
-
 def gemm_int8(
     x: Tensor,
     weight: Tensor,
@@ -62,7 +60,7 @@ def gemm_int8(
     y = _dequantized(q, weight, scale, x_affine, bias, conv)
     well = torch.isfinite(x).all(3).all(2).all(1)[:, None, None, None]
     y = torch.where(well, _activated(y, activation), torch.nan).to(x.dtype)
-    return _laid_out(y, conv)
+    return laid_out(y, conv)
 
 
 def conv_int8(
@@ -84,4 +82,4 @@ def conv_int8(
     if residual is not None and residual_affine is not None:
         y = y + reference.unblock(residual, residual_affine, n)
     y = _activated(y, activation)
-    return _laid_out(y, conv) if y_affine is None else reference.block(y, y_affine)
+    return laid_out(y, conv) if y_affine is None else reference.block(y, y_affine)

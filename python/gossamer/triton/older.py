@@ -17,6 +17,7 @@ from gossamer.packed.int4 import VALUES
 
 from .depthwise import is_depthwise
 from .gemm_int8 import by_rows
+from .operands import laid_out
 from .unblock import DTYPES as FLOATS
 
 INT4_VALUES = VALUES.tolist()
@@ -46,7 +47,7 @@ def _product(
         taps = weight.unflatten(1, (*kernel, -1))[..., : x.shape[1]].permute(0, 3, 1, 2)
         padded = F.pad(x, (left, right, top, bottom))
         y = F.conv2d(padded, taps, bias, conv[2:4], 0, conv[4:6], groups)
-        y = y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
+        y = laid_out(y, conv)
     return reference.activate(y, ACTIVATIONS[activation])
 
 

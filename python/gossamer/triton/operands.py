@@ -106,6 +106,11 @@ def result_of(
     return Result(y, n * rows.plane, n, 1)
 
 
+def laid_out(y: Tensor, conv: list[int]) -> Tensor:
+    """An image as conv asks: contiguous or channels_last."""
+    return y.contiguous(memory_format=torch.contiguous_format if conv[10] else torch.channels_last)
+
+
 @triton.jit
 def start_of(m, plane, width, image_step, line_step, row_step, CONV: tl.constexpr):
     """Where row m begins, int64: a row may lie further than 2^31 elements from the first."""
