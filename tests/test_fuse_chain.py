@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -275,7 +276,7 @@ def test_a_gradient_is_refused_as_by_a_layer() -> None:
         y.sum().backward()
 
 
-# Errors, compilers, and what the operator is told.
+# Errors, compilers, and what is kept.
 
 
 @EVERY_FORMAT
@@ -334,22 +335,42 @@ def test_nothing_is_kept(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [b._use_count() for b in buffers] == counts
 
 
-def test_refusals_of_the_operator() -> None:
-    x: Any = torch.randn(1, 4, 5, 5)
-    weight: Any = torch.zeros(4)
-    for call, message in (
-        ([9], "no operator 9"),
-        ([-1], "no operator -1"),
-        ([6], "end before their arguments"),
-        ([6, 0, 2, 1], "end before their arguments"),
-        ([6, 4], "no value for argument 4"),
-        ([6, -5], "no value for argument -5"),
-        ([6, -1], "no value for argument -1"),
-        ([0, 1, 1], "no value for argument 1"),
-        ([0, 0, -2, -2], "more weights than there are"),
-        ([6, 0, *[2, 1, 1] * 4], "conv needs 11 integers, got 9"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            ops.chain([x], [weight], call)
-        assert x._use_count() == weight._use_count() == 1, call
-    assert ops.chain([x], [weight], []) == []
+def test_a_chain_is_kept_as_long_as_its_network() -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), "int8", x)
+    buffer: Any = fused.get_submodule("layers.0.conv1.layer").bias
+    before = buffer._use_count()
+    run(fused, x)
+    assert buffer._use_count() == before + 1
+    run(fused, x)
+    assert buffer._use_count() == before + 1
+    del fused
+    gc.collect()
+    assert buffer._use_count() == before
+
+
+def test_tensors_that_are_given_other_memory() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    x = images()
+    fused = fused_net(net, "int8", x)
+    before = run(fused, x)
+    bias: Any = fused.get_submodule("0").layer.bias
+    old = bias.data
+    bias.data = old + 1
+    assert not torch.equal(run(fused, x), before)
+    assert_same(run(fused, x), one_by_one(fused, x))
+    bias.data = torch.zeros(3)
+    with pytest.raises(RuntimeError, match="bias of shape"):
+        run(fused, x)
+    bias.data = old
+    assert_same(run(fused, x), before)
+
+
+@EVERY_FORMAT
+def test_threads_of_a_server_share_a_network(format: str) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    want = run(fused, x)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: run(fused, x), range(32)):
+            assert_same(got, want)

@@ -147,6 +147,31 @@ void define_products(py::module_& m) {
 }
 
 // -> (work, mean), see gossamer_ceiling.
+PyObject* checked(py::handle object, bool is_right, const char* what) {
+  if (!is_right) throw py::type_error(std::string("a fact is about no ") + what);
+  return object.ptr();
+}
+PyObject* dict_of(py::handle object) { return checked(object, PyDict_Check(object.ptr()), "dict"); }
+
+// Whether each fact, (a dict, then keys and what they stand for in it), is so, None standing for
+// nothing too; and whether all of the dicts in `empty` are. One call: fuse asks before each forward.
+bool holds(const py::list& facts, const py::list& empty) {
+  for (const py::handle fact : facts) {
+    PyObject* const items = checked(fact, PyTuple_Check(fact.ptr()), "tuple");
+    const Py_ssize_t count = PyTuple_GET_SIZE(items);
+    PyObject* const mapping = dict_of(count ? PyTuple_GET_ITEM(items, 0) : Py_None);
+    for (Py_ssize_t i = 1; i + 1 < count; i += 2) {
+      PyObject *const found = PyDict_GetItemWithError(mapping, PyTuple_GET_ITEM(items, i)),
+                      *const wanted = PyTuple_GET_ITEM(items, i + 1);
+      if (PyErr_Occurred()) throw py::error_already_set();
+      if ((found ? found : Py_None) != wanted) return false;
+    }
+  }
+  for (const py::handle mapping : empty)
+    if (PyDict_GET_SIZE(dict_of(mapping)) != 0) return false;
+  return true;
+}
+
 std::pair<double, float> ceiling(int loop, Address data, int64_t bytes, int64_t turns) {
   double work = 0;
   float mean = 0;
@@ -179,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
     require(gossamer_check_index(&index, cell_count, unit));
   });
   define_products(m);
+  m.def("holds", &holds, py::arg("facts"), py::arg("empty"));
   m.def("ceiling", &ceiling, py::arg("loop"), py::arg("data"), py::arg("bytes"), py::arg("turns"),
         py::call_guard<py::gil_scoped_release>());
 }

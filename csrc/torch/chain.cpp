@@ -1,45 +1,117 @@
 // chain.cpp: several calls of operators as one. Between two kernels of a network lie 20 to 30 us of an
-// interpreter and a dispatcher, whose code and data the kernels have pushed out of the caches: 19 of
-// them go away here (ResNet-50 in 1x4 blocks, 54 layers: 8.8 -> 7.8 ms).
+// interpreter and a dispatcher, whose code and data the kernels have pushed out of the caches. A chain
+// is kept with the weights that it reads, which need not pass the interpreter each time.
 //
 //   calls   for each call the place of its operator in kCallees, and then for each argument, by kind:
-//           T, O  2 * p, the value p; 2 * p + 1, the same, which nobody reads after this;
-//                 kNext, the next of the weights; kNothing
+//           T, O  2 * p, the value p; 2 * p + 1, the same, which nobody reads after this; kNothing
+//           W, V  kNext, the next of the weights; V: or kNothing
 //           I     the integer
 //           L, P  their number and the integers; P: or kNothing
+//   weights the tensors that kNext stands for, in order
 //   values  the images that were given, and behind them the results of all calls so far; that of an
 //           operator in place is its residual
 //
 // Returned are the results that no call has read for the last time.
 
+#include <deque>
 #include <iterator>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "include/gossamer.h"
 #include "torch/operators.h"
 #include "torch/tensor.h"
 
 namespace gossamer {
 namespace {
 
-struct Callee {
-  const char* kinds;
-  void (*run)(StableIValue*, uint64_t, uint64_t);
-  bool in_place;
-};
 // In the order of _OPERATORS in python/gossamer/fuse/chain.py.
-const Callee kCallees[] = {
-    {kSpmm<false>, spmm<false>, false},
-    {kSpmm<true>, spmm<true>, true},
-    {kConvInt8<false>, conv_int8<false>, false},
-    {kConvInt8<true>, conv_int8<true>, true},
-    {kConvSpmmInt8<false>, conv_spmm_int8<false>, false},
-    {kConvSpmmInt8<true>, conv_spmm_int8<true>, true},
-    {kMaxPool, max_pool, false},
-    {kMean, mean, false},
+const Operation* const kOperations[] = {
+    &kSpmm<false>,         &kSpmm<true>,         &kConvInt8<false>, &kConvInt8<true>,
+    &kConvSpmmInt8<false>, &kConvSpmmInt8<true>, &kMaxPool,         &kMean,
 };
 constexpr int64_t kNothing = -1, kNext = -2;
+
+template <typename T>
+StableIValue on_stack(T* pointer) {
+  return reinterpret_cast<StableIValue>(pointer);
+}
+
+// A call: its arguments as Arguments reads them, but for the values, which each run puts there.
+struct Call {
+  struct Value {
+    size_t argument;
+    int64_t which;
+  };
+  const Operation* operation;
+  std::vector<StableIValue> arguments;
+  std::vector<Value> values;
+};
+
+// Calls, and what they read. Many threads may run one at a time.
+class Chain {
+ public:
+  Chain(std::vector<Handle> weights, const std::vector<int64_t>& calls)
+      : weights_(std::move(weights)) {
+    for (Reader reader{*this, calls}; reader.place < calls.size();) calls_.push_back(reader.call());
+  }
+  Chain(const Chain&) = delete;
+  const std::vector<Call>& calls() const { return calls_; }
+
+ private:
+  struct Reader {
+    Chain& chain;
+    const std::vector<int64_t>& calls;
+    size_t place = 0, weight = 0;
+
+    int64_t next() {
+      if (place == calls.size()) fail("chain has calls that end before their arguments");
+      return calls[place++];
+    }
+
+    Call call() {
+      const int64_t which = next();
+      if (which < 0 || which >= static_cast<int64_t>(std::size(kOperations)))
+        fail("chain has no operator " + std::to_string(which));
+      Call found{kOperations[which], {}, {}};
+      for (const char* kind = found.operation->kinds; *kind; ++kind) {
+        const int64_t item = next();
+        const bool tensor = *kind == 'T' || *kind == 'O';
+        if (tensor && (*kind == 'T' || item != kNothing))
+          found.values.push_back({found.arguments.size(), item});
+        found.arguments.push_back(tensor ? 0 : lent(*kind, item));
+      }
+      return found;
+    }
+
+    StableIValue lent(char kind, int64_t item) {
+      if (kind == 'I') return static_cast<StableIValue>(item);
+      if (kind == 'L' || kind == 'P') return list(kind, item);
+      if (kind == 'V' && item == kNothing) return 0;
+      if (item != kNext) fail("chain has a weight that is " + std::to_string(item));
+      if (weight == chain.weights_.size())
+        fail("chain has calls that read more weights than there are");
+      const StableIValue own = on_stack(chain.weights_[weight++].get());
+      return kind == 'V' ? on_stack(&chain.boxes_.emplace_back(own)) : own;
+    }
+
+    StableIValue list(char kind, int64_t size) {
+      if (kind == 'P' && size == kNothing) return 0;
+      Arguments::List& integers = chain.lists_.emplace_back();
+      while (size-- > 0) integers.push_back(next());
+      return on_stack(&integers);
+    }
+  };
+
+  std::vector<Handle> weights_;
+  std::deque<StableIValue> boxes_;
+  std::deque<Arguments::List> lists_;
+  std::vector<Call> calls_;
+};
 
 Handle same_as(const Handle& handle) {
   AtenTensorHandle same = nullptr;
@@ -47,49 +119,12 @@ Handle same_as(const Handle& handle) {
   return Handle(same);
 }
 
-template <typename T>
-StableIValue on_stack(T* pointer) {
-  return reinterpret_cast<StableIValue>(pointer);
-}
-
-// The arguments of a call, as torch would lay them on its stack. The operator takes them; those of a
-// call that is not made are freed.
-class Stack {
+// The calls of a chain, one after the other.
+class Run {
  public:
-  explicit Stack(const char* kinds) : kinds_(kinds) {}
-  Stack(const Stack&) = delete;
-  ~Stack() {
-    const std::string pushed(kinds_, items_.size());
-    Arguments unused(items_.data(), pushed.c_str());
-  }
-  void push(StableIValue item) { items_.push_back(item); }
-  StableIValue run(void (*operation)(StableIValue*, uint64_t, uint64_t)) {
-    std::vector<StableIValue> items;
-    items.swap(items_);
-    operation(items.data(), items.size(), 1);
-    return items[0];
-  }
-
- private:
-  const char* kinds_;
-  std::vector<StableIValue> items_;
-};
-
-class Chain {
- public:
-  Chain(std::vector<Handle> values, std::vector<Handle> weights, const std::vector<int64_t>& calls)
-      : values_(std::move(values)),
-        weights_(std::move(weights)),
-        calls_(calls),
-        given_(values_.size()) {}
-
-  void run() {
-    while (place_ < calls_.size()) {
-      const int64_t which = next();
-      if (which < 0 || which >= static_cast<int64_t>(std::size(kCallees)))
-        fail("chain has no operator " + std::to_string(which));
-      call(kCallees[which]);
-    }
+  Run(const Chain& chain, std::vector<Handle> values)
+      : values_(std::move(values)), given_(values_.size()) {
+    for (const Call& each : chain.calls()) call(each);
   }
   StableIValue results() {
     StableListHandle list = nullptr;
@@ -100,72 +135,95 @@ class Chain {
   }
 
  private:
-  int64_t next() {
-    if (place_ == calls_.size()) fail("chain has calls that end before their arguments");
-    return calls_[place_++];
-  }
-
-  void call(const Callee& callee) {
-    Stack stack(callee.kinds);
-    Handle read;  // the last value, of which an operator in place writes over
-    for (const char* kind = callee.kinds; *kind; ++kind) {
-      const int64_t item = next();
-      if (*kind == 'I') {
-        stack.push(static_cast<StableIValue>(item));
-      } else if (*kind == 'L' || *kind == 'P') {
-        push_list(stack, item, *kind == 'P');
-      } else if (*kind == 'O' && item == kNothing) {
-        stack.push(0);
-      } else {
-        Handle tensor = item == kNext ? weight() : value(item);
-        if (callee.in_place && item != kNext) read = same_as(tensor);
-        const StableIValue own = on_stack(tensor.release());
-        stack.push(*kind == 'O' ? on_stack(new StableIValue(own)) : own);
-      }
+  void call(const Call& call) {
+    const Operation& operation = *call.operation;
+    read_.clear();
+    for (const Call::Value& value : call.values) read_.push_back(take(value.which));
+    // An operator in place writes over the last value that it reads.
+    Handle over = operation.in_place && !read_.empty() ? same_as(read_.back()) : nullptr;
+    stack_ = call.arguments;
+    for (size_t i = 0; i < read_.size(); ++i) {
+      const size_t argument = call.values[i].argument;
+      const StableIValue own = on_stack(read_[i].release());
+      stack_[argument] = operation.kinds[argument] == 'O' ? on_stack(new StableIValue(own)) : own;
     }
-    const StableIValue result = stack.run(callee.run);
-    values_.push_back(callee.in_place ? std::move(read)
-                                      : Handle(reinterpret_cast<AtenTensorHandle>(result)));
+    Arguments arguments(stack_.data(), operation.kinds, true);
+    StableIValue result = 0;
+    operation.run(arguments, &result);
+    if (!operation.in_place) over.reset(reinterpret_cast<AtenTensorHandle>(result));
+    values_.push_back(std::move(over));
   }
 
-  void push_list(Stack& stack, int64_t size, bool optional) {
-    if (optional && size == kNothing) return stack.push(0);
-    StableListHandle list = nullptr;
-    require(torch_new_list_reserve_size(size > 0 ? size : 0, &list), "new_list");
-    const StableIValue own = on_stack(list);
-    stack.push(optional ? on_stack(new StableIValue(own)) : own);
-    for (int64_t i = 0; i < size; ++i)
-      require(torch_list_push_back(list, static_cast<StableIValue>(next())), "list_push_back");
-  }
-
-  Handle weight() {
-    if (weight_ == weights_.size()) fail("chain has calls that read more weights than there are");
-    return std::move(weights_[weight_++]);
-  }
-
-  Handle value(int64_t item) {
+  Handle take(int64_t item) {
     const size_t place = static_cast<size_t>(item) / 2;
     if (item < 0 || place >= values_.size() || !values_[place])
       fail("chain has no value for argument " + std::to_string(item));
     return item % 2 ? std::move(values_[place]) : same_as(values_[place]);
   }
 
-  std::vector<Handle> values_, weights_;
-  const std::vector<int64_t>& calls_;
-  size_t place_ = 0, weight_ = 0;
+  std::vector<Handle> values_, read_;
+  std::vector<StableIValue> stack_;
   const size_t given_;
 };
 
+// All chains that are kept, by the numbers that stand for them outside.
+class Chains {
+ public:
+  int64_t keep(std::shared_ptr<const Chain> chain) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    chains_[++last_] = std::move(chain);
+    return last_;
+  }
+  // It lives on while it runs.
+  std::shared_ptr<const Chain> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = chains_.find(number);
+    if (found == chains_.end()) fail("no chain is kept as " + std::to_string(number));
+    return found->second;
+  }
+  // Unless another thread runs it, the tensors go here too.
+  void drop(int64_t number) {
+    std::shared_ptr<const Chain> dropped;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = chains_.find(number);
+    if (found == chains_.end()) return;
+    dropped.swap(found->second);
+    chains_.erase(found);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int64_t, std::shared_ptr<const Chain>> chains_;
+  int64_t last_ = 0;
+};
+
+Chains& chains() {
+  static Chains* const all = new Chains;  // never destroyed: torch may be gone by then
+  return *all;
+}
+
 }  // namespace
 
-// (values, weights, calls) -> results
+// (weights, calls) -> chain
+void chain_keep(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, "HL");
+  std::vector<Handle> weights = arguments.handles();
+  auto kept = std::make_shared<const Chain>(std::move(weights), arguments.integers());
+  stack[0] = static_cast<StableIValue>(chains().keep(std::move(kept)));
+}
+
+// (values, chain) -> results
 void chain(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "HHL");
-  std::vector<Handle> values = arguments.handles(), weights = arguments.handles();
-  const std::vector<int64_t> calls = arguments.integers();
-  Chain chained(std::move(values), std::move(weights), calls);
-  chained.run();
-  stack[0] = chained.results();
+  Arguments arguments(stack, "HI");
+  std::vector<Handle> values = arguments.handles();
+  const std::shared_ptr<const Chain> kept = chains().find(arguments.integer());
+  stack[0] = Run(*kept, std::move(values)).results();
 }
 
 }  // namespace gossamer
+
+// No operator: garbage is collected at any time, while a tracer looks on, too. An unknown number is
+// none's.
+extern "C" GOSSAMER_API void gossamer_drop_chain(int64_t number) {
+  gossamer::chains().drop(number);
+}

@@ -56,14 +56,14 @@ struct Blocked {
 // residual_affine, k, activation, conv. Without y_affine the result is float32, laid out as conv
 // says. `multiply` gets input, k and output of the C ABI.
 template <bool kInPlace, typename Multiply>
-void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue* stack,
+void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue* result,
                  Multiply multiply) {
   const int32_t floats = aoti_torch_dtype_float32();
   const Affine x_affine(arguments.weight("x_affine", floats, 2), "x_affine");
-  const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
-  const std::vector<Tensor> bytes = arguments.optional_floats("y_affine", 2);
+  const std::vector<Tensor> bias = arguments.optional_weight("bias", n);
+  const std::vector<Tensor> bytes = arguments.optional_weight("y_affine", 2);
   std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
-  const std::vector<Tensor> range = arguments.optional_floats("residual_affine", 2);
+  const std::vector<Tensor> range = arguments.optional_weight("residual_affine", 2);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Blocked input(q, x_affine.scale, x_affine.zero);
@@ -89,14 +89,14 @@ void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue*
   const gossamer_output output{
       y.data, n, planar, floats_of(bias), activation, bytes.empty() ? nullptr : &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));
-  if (!kInPlace) stack[0] = y.release();
+  if (!kInPlace) *result = y.release();
 }
 
 }  // namespace
 
 // (x, affine) -> q
 void block(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TT");
+  Arguments arguments(stack, "TW");
   const Tensor x = arguments.tensor();
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   if (x.dim != 4) fail("x of shape " + x.shape() + " must be (images, channels, height, width)");
@@ -115,7 +115,7 @@ void block(StableIValue* stack, uint64_t, uint64_t) {
 
 // (q, affine, channels, to: a place in gossamer_dtype) -> y
 void unblock(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTII");
+  Arguments arguments(stack, "TWII");
   const Tensor q = arguments.tensor();
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   const int64_t channels = arguments.integer(), dtype = arguments.integer();
@@ -134,8 +134,7 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // (x, kernel, stride, padding, dilation) -> y
-void max_pool(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kMaxPool);
+void max_pool(Arguments& arguments, StableIValue* result) {
   const Tensor x = arguments.tensor();
   std::vector<int64_t> kernel = arguments.integers(), stride = arguments.integers(),
                        padding = arguments.integers(), dilation = arguments.integers();
@@ -146,7 +145,7 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
   const auto pool = [&](const gossamer_input& view, const Layout& layout) {
     Tensor y = Tensor::empty(layout);
     require_gossamer(gossamer_max_pool(&view, y.data, parallel_for));
-    stack[0] = y.release();
+    *result = y.release();
   };
   const int32_t floats = aoti_torch_dtype_float32();
   if (x.dim == 4 && x.dtype == floats && x.contiguous()) {
@@ -159,8 +158,7 @@ void max_pool(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 // (q, affine, channels, keepdim) -> y
-void mean(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kMean);
+void mean(Arguments& arguments, StableIValue* result) {
   const Tensor q = arguments.tensor();
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   const int64_t channels = arguments.integer();
@@ -172,31 +170,29 @@ void mean(StableIValue* stack, uint64_t, uint64_t) {
   Tensor y = Tensor::empty(layout);
   require_gossamer(gossamer_mean(&input.view, channels, q.sizes[2] * q.sizes[3],
                                  static_cast<float*>(y.data), parallel_for));
-  stack[0] = y.release();
+  *result = y.release();
 }
 
 // (q, panels, scale, wsum, x_affine, ...)
 template <bool kInPlace>
-void conv_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kConvInt8<kInPlace>);
+void conv_int8(Arguments& arguments, StableIValue* result) {
   const Tensor q = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  convolution<kInPlace>(q, arguments, n, stack,
+  convolution<kInPlace>(q, arguments, n, result,
                         [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
                           const gossamer_int8 w = dense_int8(panels, scale, &wsum, k);
                           return gossamer_conv_int8(&x, &w, &y, parallel_for);
                         });
 }
-template void conv_int8<false>(StableIValue*, uint64_t, uint64_t);
-template void conv_int8<true>(StableIValue*, uint64_t, uint64_t);
+template void conv_int8<false>(Arguments&, StableIValue*);
+template void conv_int8<true>(Arguments&, StableIValue*);
 
 // (q, values, columns, rows, cells, scale, wsum, x_affine, ...)
 template <bool kInPlace>
-void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kConvSpmmInt8<kInPlace>);
+void conv_spmm_int8(Arguments& arguments, StableIValue* result) {
   const Tensor q = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
   const Index index(arguments, values.numel() / 4);
@@ -204,14 +200,14 @@ void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
   convolution<kInPlace>(
-      q, arguments, n, stack, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+      q, arguments, n, result, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
         const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
                                      static_cast<const float*>(scale.data),
                                      static_cast<const int32_t*>(wsum.data)};
         return gossamer_conv_spmm_int8(&x, &w, &y, parallel_for);
       });
 }
-template void conv_spmm_int8<false>(StableIValue*, uint64_t, uint64_t);
-template void conv_spmm_int8<true>(StableIValue*, uint64_t, uint64_t);
+template void conv_spmm_int8<false>(Arguments&, StableIValue*);
+template void conv_spmm_int8<true>(Arguments&, StableIValue*);
 
 }  // namespace gossamer

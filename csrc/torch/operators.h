@@ -1,30 +1,49 @@
-// operators.h: the operators that other files than their own name; of those that chain.cpp calls the
-// kinds of their arguments (tensor.h) too.
+// operators.h: the operators that other files than their own name.
 #pragma once
 
-#include "torch/shim.h"
+#include "torch/tensor.h"
 
 namespace gossamer {
 
-// kInPlace: the name ends with _, and the residual is a tensor that the result is written over.
-template <bool kInPlace>
-constexpr const char* kSpmm = kInPlace ? "TTTTTITOIIP" : "TTTTTIOOIIP";
-template <bool kInPlace>
-constexpr const char* kConvInt8 = kInPlace ? "TTTTTOOTOIIL" : "TTTTTOOOOIIL";
-template <bool kInPlace>
-constexpr const char* kConvSpmmInt8 = kInPlace ? "TTTTTTTTOOTOIIL" : "TTTTTTTTOOOOIIL";
-constexpr const char *kMaxPool = "TLLLL", *kMean = "TTII";
+// One that chain.cpp calls too: the kinds of its arguments (tensor.h); what it does with them, the
+// result to go to *result. in_place: the name ends with _, and the residual is a tensor that the result
+// is written over.
+struct Operation {
+  const char* kinds;
+  void (*run)(Arguments& arguments, StableIValue* result);
+  bool in_place;
+};
 
 template <bool kInPlace>
-void spmm(StableIValue* stack, uint64_t, uint64_t);
+void spmm(Arguments& arguments, StableIValue* result);
 template <bool kInPlace>
-void conv_int8(StableIValue* stack, uint64_t, uint64_t);
+void conv_int8(Arguments& arguments, StableIValue* result);
 template <bool kInPlace>
-void conv_spmm_int8(StableIValue* stack, uint64_t, uint64_t);
+void conv_spmm_int8(Arguments& arguments, StableIValue* result);
+void max_pool(Arguments& arguments, StableIValue* result);
+void mean(Arguments& arguments, StableIValue* result);
+
+template <bool kInPlace>
+inline constexpr Operation kSpmm{kInPlace ? "TWWWWITVIIP" : "TWWWWIOVIIP", spmm<kInPlace>,
+                                 kInPlace};
+template <bool kInPlace>
+inline constexpr Operation kConvInt8{kInPlace ? "TWWWWVVTVIIL" : "TWWWWVVOVIIL",
+                                     conv_int8<kInPlace>, kInPlace};
+template <bool kInPlace>
+inline constexpr Operation kConvSpmmInt8{kInPlace ? "TWWWWWWWVVTVIIL" : "TWWWWWWWVVOVIIL",
+                                         conv_spmm_int8<kInPlace>, kInPlace};
+inline constexpr Operation kMaxPool{"TLLLL", max_pool, false}, kMean{"TWII", mean, false};
+
+// As torch calls it.
+template <const Operation& kOperation>
+void called(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack, kOperation.kinds);
+  kOperation.run(arguments, stack);
+}
+
 void block(StableIValue* stack, uint64_t, uint64_t);
 void unblock(StableIValue* stack, uint64_t, uint64_t);
-void max_pool(StableIValue* stack, uint64_t, uint64_t);
-void mean(StableIValue* stack, uint64_t, uint64_t);
+void chain_keep(StableIValue* stack, uint64_t, uint64_t);
 void chain(StableIValue* stack, uint64_t, uint64_t);
 
 }  // namespace gossamer

@@ -40,7 +40,7 @@ template <bool kInPlace = false, typename Multiply>
 void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& arguments, int64_t n,
              StableIValue* stack, Multiply multiply, bool any_layout = false,
              std::vector<Tensor> residual = {}) {
-  const std::vector<Tensor> bias = arguments.optional_floats("bias", n);
+  const std::vector<Tensor> bias = arguments.optional_weight("bias", n);
   const int64_t k = arguments.integer();
   const gossamer_activation activation = activation_of(arguments.integer());
   Input input(x, k, arguments.optional_integers(), any_layout);
@@ -58,7 +58,7 @@ void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& argu
 // (x, panels, scale, wsum, x_affine, bias, k, activation, conv); gemm_w8 has no wsum, no x_affine.
 template <bool kQuantized>
 void gemm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kQuantized ? "TTTTOOIIP" : "TTTOIIP");
+  Arguments arguments(stack, kQuantized ? "TWWWVVIIP" : "TWWVIIP");
   const Tensor x = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
@@ -66,7 +66,7 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
   std::vector<Tensor> sums, affine;
   if (kQuantized) {
     sums.push_back(arguments.weight("wsum", aoti_torch_dtype_int32(), n));
-    affine = arguments.optional_floats("x_affine", 2);
+    affine = arguments.optional_weight("x_affine", 2);
   }
   product(
       x, affine, arguments, n, stack,
@@ -79,7 +79,7 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, panels, group_scale, scale, wsum, bias, k, activation, conv)
 void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTOIIP");
+  Arguments arguments(stack, "TWWWWVIIP");
   const Tensor x = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_uint8(), -1);
   const Tensor group_scale = arguments.weight("group_scale", aoti_torch_dtype_int8(), -1);
@@ -110,14 +110,14 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
 void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTTTOOIIP");
+  Arguments arguments(stack, "TWWWWWWVVIIP");
   const Tensor x = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
   const Index index(arguments, values.numel() / 4);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
   const int64_t n = scale.numel();
   const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
+  const std::vector<Tensor> affine = arguments.optional_weight("x_affine", 2);
   product(
       x, affine, arguments, n, stack,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
@@ -131,7 +131,7 @@ void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, dy, columns, rows, cells, n, k, conv) -> dw
 void sddmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TTTTTIIP");
+  Arguments arguments(stack, "TTWWWIIP");
   const Tensor x = arguments.tensor(), dy = arguments.tensor();
   const Index index(arguments, -1);
   const int64_t n = arguments.integer(), k = arguments.integer();
@@ -145,9 +145,9 @@ void sddmm(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, x_affine) -> (q, scale, zero)
 void quantize_rows(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TO");
+  Arguments arguments(stack, "TV");
   const Tensor x = arguments.tensor();
-  const std::vector<Tensor> affine = arguments.optional_floats("x_affine", 2);
+  const std::vector<Tensor> affine = arguments.optional_weight("x_affine", 2);
   if (x.dim < 1) fail("x must have at least one dimension");
   const int64_t k = x.sizes[x.dim - 1];
   if (k < 1) fail("x of shape " + x.shape() + " has rows of k=0 elements: nothing to quantize");
@@ -191,23 +191,22 @@ void im2col(StableIValue* stack, uint64_t, uint64_t) {
 
 // (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
 template <bool kInPlace>
-void spmm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kSpmm<kInPlace>);
+void spmm(Arguments& arguments, StableIValue* result) {
   const Tensor x = arguments.tensor();
   const Tensor values = arguments.weight("values", aoti_torch_dtype_float32(), -1);
   const Index index(arguments, values.numel());
   const int64_t n = arguments.integer();
   std::vector<Tensor> residual = residual_of<kInPlace>(arguments);
   product<kInPlace>(
-      x, {}, arguments, n, stack,
+      x, {}, arguments, n, result,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_sparse w{index.view(n, k, 1), static_cast<const float*>(values.data)};
         return gossamer_spmm(&input, &w, &y, parallel_for);
       },
       true, std::move(residual));
 }
-template void spmm<false>(StableIValue*, uint64_t, uint64_t);
-template void spmm<true>(StableIValue*, uint64_t, uint64_t);
+template void spmm<false>(Arguments&, StableIValue*);
+template void spmm<true>(Arguments&, StableIValue*);
 
 namespace {
 
@@ -241,8 +240,8 @@ const Operator kOperators[] = {
      "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
      "wsum, " PRODUCT_TAIL,
      gemm_int4},
-    {"spmm", "spmm(" SPMM(ANY) " -> Tensor", spmm<false>},
-    {"spmm_", "spmm_(" SPMM(OVER) " -> ()", spmm<true>},
+    {"spmm", "spmm(" SPMM(ANY) " -> Tensor", called<kSpmm<false>>},
+    {"spmm_", "spmm_(" SPMM(OVER) " -> ()", called<kSpmm<true>>},
     {"spmm_int8",
      "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " AFFINE
      ", " PRODUCT_TAIL,
@@ -253,26 +252,38 @@ const Operator kOperators[] = {
     {"unblock", "unblock(Tensor q, Tensor affine, int channels, int to) -> Tensor", unblock},
     {"max_pool",
      "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
-     max_pool},
-    {"mean", "mean(Tensor q, Tensor affine, int channels, int keepdim) -> Tensor", mean},
-    {"conv_int8", "conv_int8(" CONV_INT8(ANY) " -> Tensor", conv_int8<false>},
-    {"conv_int8_", "conv_int8_(" CONV_INT8(OVER) " -> ()", conv_int8<true>},
-    {"conv_spmm_int8", "conv_spmm_int8(" CONV_SPMM_INT8(ANY) " -> Tensor", conv_spmm_int8<false>},
-    {"conv_spmm_int8_", "conv_spmm_int8_(" CONV_SPMM_INT8(OVER) " -> ()", conv_spmm_int8<true>},
-    {"chain", "chain(Tensor[] values, Tensor[] weights, int[] calls) -> Tensor[]", chain},
+     called<kMaxPool>},
+    {"mean", "mean(Tensor q, Tensor affine, int channels, int keepdim) -> Tensor", called<kMean>},
+    {"conv_int8", "conv_int8(" CONV_INT8(ANY) " -> Tensor", called<kConvInt8<false>>},
+    {"conv_int8_", "conv_int8_(" CONV_INT8(OVER) " -> ()", called<kConvInt8<true>>},
+    {"conv_spmm_int8", "conv_spmm_int8(" CONV_SPMM_INT8(ANY) " -> Tensor",
+     called<kConvSpmmInt8<false>>},
+    {"conv_spmm_int8_", "conv_spmm_int8_(" CONV_SPMM_INT8(OVER) " -> ()",
+     called<kConvSpmmInt8<true>>},
+    {"chain", "chain(Tensor[] values, int chain) -> Tensor[]", chain},
+};
+// It may get no tensor, whose device would choose it.
+const Operator kOfNoDevice[] = {
+    {"chain_keep", "chain_keep(Tensor[] weights, int[] calls) -> int", chain_keep},
 };
 
-// Runs when the library is loaded; the registrations live as long as the process.
-const bool registered = [] {
+template <size_t kCount>
+void add_operators(const Operator (&operators)[kCount], const char* key) {
   TorchLibraryHandle schemas = nullptr, kernels = nullptr;
   require(aoti_torch_library_init_fragment("gossamer", "csrc/torch/ops.cpp", __LINE__, &schemas),
           "library_init_fragment");
-  require(aoti_torch_library_init_impl("gossamer", "CPU", "csrc/torch/ops.cpp", __LINE__, &kernels),
+  require(aoti_torch_library_init_impl("gossamer", key, "csrc/torch/ops.cpp", __LINE__, &kernels),
           "library_init_impl");
-  for (const Operator& op : kOperators) {
+  for (const Operator& op : operators) {
     require(aoti_torch_library_def(schemas, op.schema), op.schema);
     require(torch_library_impl(kernels, op.name, op.run, kTorch210), op.name);
   }
+}
+
+// Runs when the library is loaded; the registrations live as long as the process.
+const bool registered = [] {
+  add_operators(kOperators, "CPU");
+  add_operators(kOfNoDevice, "CompositeExplicitAutograd");
   return true;
 }();
 

@@ -32,10 +32,11 @@ inline std::string shape_of(const int64_t* sizes, size_t dim) {
   return text + ")";
 }
 
-// A tensor that torch lent for one call: sizes and pointers read once.
+// A tensor that torch gave for one call: sizes and pointers read once. Of one that is lent, the handle
+// stays with its owner.
 class Tensor {
  public:
-  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {
+  explicit Tensor(AtenTensorHandle handle, bool lent = false) : handle_(lent ? nullptr : handle) {
     require(aoti_torch_get_dim(handle, &dim), "get_dim");
     require(aoti_torch_get_sizes(handle, &sizes), "get_sizes");
     require(aoti_torch_get_strides(handle, &strides), "get_strides");
@@ -105,26 +106,31 @@ struct DeleteTensor {
 using Handle = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
 
 // Reads the arguments of one call off torch's stack, in order. What it takes its caller owns; what
-// is left when a check fails is freed, by its kind: T tensor, O optional tensor, I integer, L list,
-// P optional list, H list of tensors.
+// is left when a check fails is freed, by its kind: T tensor, O optional tensor, W weight, V optional
+// weight, I integer, L list, P optional list, H list of tensors.
+//
+// lent: weights and lists stay with who keeps them for many calls, and lists are vectors.
 class Arguments {
  public:
-  Arguments(StableIValue* stack, const char* kinds) : next_(stack), kinds_(kinds) {}
+  using List = std::vector<int64_t>;
+
+  Arguments(StableIValue* stack, const char* kinds, bool lent = false)
+      : next_(stack), kinds_(kinds), lent_(lent) {}
   Arguments(const Arguments&) = delete;
   ~Arguments() {
     while (*kinds_) {
       const char kind = *kinds_;
-      if (kind == 'T') {
+      if (kind == 'I' || (lent_ && kind != 'T' && kind != 'O')) {
+        integer();
+      } else if (kind == 'T' || kind == 'W') {
         aoti_torch_delete_tensor_object(take<AtenTensorHandle>());
       } else if (kind == 'L') {
         torch_delete_list(take<StableListHandle>());
       } else if (kind == 'H') {
         handles();
-      } else if (kind == 'I') {
-        integer();
       } else if (auto* box = take<StableIValue*>()) {
-        kind == 'O' ? aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*box))
-                    : torch_delete_list(reinterpret_cast<StableListHandle>(*box));
+        kind == 'P' ? torch_delete_list(reinterpret_cast<StableListHandle>(*box))
+                    : aoti_torch_delete_tensor_object(reinterpret_cast<AtenTensorHandle>(*box));
         delete box;
       }
     }
@@ -136,7 +142,7 @@ class Arguments {
   }
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   Tensor weight(const char* name, int32_t dtype, int64_t count) {
-    Tensor t = tensor();
+    Tensor t(take<AtenTensorHandle>(), lent_);
     if (t.dtype != dtype || !t.contiguous() || (count >= 0 && t.numel() != count)) {
       fail(std::string(name) + " of shape " + t.shape() +
            " is not what packing makes: contiguous, of its dtype" +
@@ -145,8 +151,8 @@ class Arguments {
     return t;
   }
   // (n) floats, or none.
-  std::vector<Tensor> optional_floats(const char* name, int64_t n) {
-    std::vector<Tensor> floats = optional_tensor();
+  std::vector<Tensor> optional_weight(const char* name, int64_t n) {
+    std::vector<Tensor> floats = optional(lent_);
     for (const Tensor& f : floats) {
       if (f.dtype != aoti_torch_dtype_float32() || f.dim != 1 || f.sizes[0] != n ||
           !f.contiguous()) {
@@ -156,24 +162,20 @@ class Arguments {
     }
     return floats;
   }
-  // An optional is null or a box on the heap that its reader frees.
-  std::vector<Tensor> optional_tensor() {
-    std::vector<Tensor> found;
-    if (auto* box = take<StableIValue*>()) {
-      found.emplace_back(reinterpret_cast<AtenTensorHandle>(*box));
-      delete box;
+  std::vector<Tensor> optional_tensor() { return optional(false); }
+  List optional_integers() {
+    if (lent_) {
+      const auto* kept = take<const List*>();
+      return kept ? *kept : List();
     }
-    return found;
-  }
-  std::vector<int64_t> optional_integers() {
-    std::vector<int64_t> values;
+    List values;
     if (auto* box = take<StableIValue*>()) {
       values = list(reinterpret_cast<StableListHandle>(*box));
       delete box;
     }
     return values;
   }
-  std::vector<int64_t> integers() { return list(take<StableListHandle>()); }
+  List integers() { return lent_ ? *take<const List*>() : list(take<StableListHandle>()); }
   std::vector<Handle> handles() {
     std::vector<Handle> found;
     for (int64_t item : list(take<StableListHandle>()))
@@ -187,9 +189,18 @@ class Arguments {
     ++kinds_;
     return reinterpret_cast<T>(*next_++);
   }
-  static std::vector<int64_t> list(StableListHandle handle) {
+  // An optional is null or a box; one that is not lent is its reader's, as what is in it.
+  std::vector<Tensor> optional(bool lent) {
+    std::vector<Tensor> found;
+    if (auto* box = take<StableIValue*>()) {
+      found.emplace_back(reinterpret_cast<AtenTensorHandle>(*box), lent);
+      if (!lent) delete box;
+    }
+    return found;
+  }
+  static List list(StableListHandle handle) {
     size_t size = 0;
-    std::vector<int64_t> values;
+    List values;
     require(torch_list_size(handle, &size), "list_size");
     values.reserve(size);
     for (size_t i = 0; i < size; ++i) {
@@ -202,6 +213,7 @@ class Arguments {
   }
   StableIValue* next_;
   const char* kinds_;
+  const bool lent_;
 };
 
 }  // namespace gossamer

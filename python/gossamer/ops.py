@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,12 @@ from gossamer.placement import prepare as _prepare
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "relu6", "hardswish")
 
 
-def _load() -> None:
+def _path() -> str:
     # An editable install spreads the package over two folders; __path__ knows both.
     for folder in gossamer.__path__:
         library = Path(folder) / "lib" / "libgossamer_torch.so"
         if library.exists():
-            torch.ops.load_library(str(library))
-            return
+            return str(library)
     raise ImportError(
         "gossamer's compiled library lib/libgossamer_torch.so is missing: install the package with "
         "`pip install .` (a C++ compiler is needed) instead of importing the source folder"
@@ -33,7 +33,7 @@ def _load() -> None:
 
 
 if not hasattr(torch.ops.gossamer, "gemm_int8"):  # loading it twice is an error
-    _load()
+    torch.ops.load_library(_path())
 from gossamer import fakes  # noqa: E402, F401  (of what was just loaded)
 
 _OPS = torch.ops.gossamer
@@ -55,7 +55,16 @@ _conv_int8 = _OPS.conv_int8.default
 _conv_int8_ = _OPS.conv_int8_.default
 _conv_spmm_int8 = _OPS.conv_spmm_int8.default
 _conv_spmm_int8_ = _OPS.conv_spmm_int8_.default
-chain = _OPS.chain.default  # csrc/torch/chain.cpp
+# csrc/torch/chain.cpp
+chain = _OPS.chain.default
+chain_keep = _OPS.chain_keep.default
+_drop_chain = ctypes.CDLL(_path()).gossamer_drop_chain
+_drop_chain.argtypes, _drop_chain.restype = [ctypes.c_int64], None
+
+
+def chain_drop(number: int) -> None:
+    """What `chain_keep` gave the number is no longer kept; nothing happens if it was not."""
+    _drop_chain(number)
 
 
 def activation_index(name: str) -> int:

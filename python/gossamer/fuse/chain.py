@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 
-from gossamer import ops
+from gossamer import _C, ops
 from gossamer.layers import Conv2d
 
 from .images import ImageConv2d, ImageMean, gives_floats
@@ -42,26 +43,29 @@ class _Link(NamedTuple):
 
 @dataclass
 class _Plan:
-    """A call of `ops.chain`, and what it was made of: modules' dicts, which they keep for life."""
+    """What to keep, and what it is made of: modules' dicts, which they have for life."""
 
     calls: list[int] = field(default_factory=list)
-    sources: list[tuple[Callable[[Any], Sequence[Tensor]], Any]] = field(default_factory=list)
-    facts: list[tuple[Mapping[str, Any], str, Any]] = field(default_factory=list)
-    hooks: list[Mapping[Any, Any]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    facts: dict[int, list[Any]] = field(default_factory=dict)  # see _C.holds; by the dict's id
+    hooks: list[Any] = field(default_factory=list)
+
+    def state(self, mapping: Any, name: str, value: Any) -> None:
+        """The plan is for what stands under that name in a dict, None if nothing does."""
+        self.facts.setdefault(id(mapping), [mapping]).extend((name, value))
+
+
+class _Kept:
+    """A chain that the operators keep, for as long as this is alive."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.number: int = ops.chain_keep(plan.weights, plan.calls)
+        self._facts, self._hooks = [tuple(fact) for fact in plan.facts.values()], plan.hooks
+        weakref.finalize(self, ops.chain_drop, self.number).atexit = False
 
     def holds(self) -> bool:
-        """Whether all modules are those that they were, and none has hooks."""
-        for mapping, name, value in self.facts:
-            if mapping.get(name) is not value:
-                return False
-        return not any(self.hooks)
-
-    def weights(self) -> list[Tensor]:
-        """The tensors that the modules hold now."""
-        found: list[Tensor] = []
-        for get, mapping in self.sources:
-            found += get(mapping)
-        return found
+        """Whether all modules and tensors are those that they were, and no module has hooks."""
+        return _C.holds(self._facts, self._hooks)
 
 
 class Chain:
@@ -74,7 +78,7 @@ class Chain:
         self.inputs = [node for node in read if node not in inside]
         self.outputs = [node for node in nodes if not node.users or set(node.users) - inside]
         self.links = list(self._links())
-        self._plans: dict[int, _Plan | None] = {}
+        self._kept: dict[int, _Kept | None] = {}
 
     def _links(self) -> Iterator[_Link]:
         places = {node: place for place, node in enumerate([*self.inputs, *self.nodes])}
@@ -93,10 +97,10 @@ class Chain:
 
     def __call__(self, root: nn.Module, *inputs: Any) -> list[Any]:
         """The outputs, in order."""
-        plan = self._plan(root, inputs)
-        if plan is not None:
+        kept = self._at_hand(root, inputs)
+        if kept is not None:
             try:
-                return ops.chain(list(inputs), plan.weights(), plan.calls)
+                return ops.chain(list(inputs), kept.number)
             except RuntimeError:
                 pass  # nothing was written to; the layer that cannot run says why
         values = list(inputs)
@@ -109,7 +113,7 @@ class Chain:
             values.append(root.get_submodule(link.target)(*operands, *[True] * link.reuse))
         return [value for value in values[len(inputs) :] if value is not None]
 
-    def _plan(self, root: nn.Module, inputs: Sequence[Any]) -> _Plan | None:
+    def _at_hand(self, root: nn.Module, inputs: Sequence[Any]) -> _Kept | None:
         """What to call; None where the layers must be called one by one."""
         if not all(type(x) is Tensor and x.is_cpu for x in inputs):
             return None
@@ -118,10 +122,11 @@ class Chain:
         planar = 1 if self.kind == "images" else _planar(inputs)
         if planar is None:
             return None
-        plan = self._plans.get(planar)
-        if plan is None or not plan.holds():
-            plan = self._plans[planar] = _planned(root, self.links, planar, self.kind)
-        return plan
+        kept = self._kept.get(planar)
+        if kept is None or not kept.holds():
+            plan = _planned(root, self.links, planar, self.kind)
+            kept = self._kept[planar] = None if plan is None else _Kept(plan)
+        return kept
 
 
 def _planar(inputs: Sequence[Tensor]) -> int | None:
@@ -138,20 +143,19 @@ def _planar(inputs: Sequence[Tensor]) -> int | None:
 
 
 def _planned(root: nn.Module, links: Sequence[_Link], planar: int, kind: str) -> _Plan | None:
-    plan = _Plan()
-    known: set[tuple[int, str]] = set()
+    plan, known = _Plan(), set()
     for link in links:
         module: Any = root
         for name in link.target.split("."):
             parent, module = module._modules, getattr(module, name)
             if (id(parent), name) not in known:
-                plan.facts.append((parent, name, module))
+                plan.state(parent, name, module)
                 known.add((id(parent), name))
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         if _kind(module) != kind or any(hooks) or "forward" in vars(module):
             return None
         plan.hooks.extend(hooks)
-        plan.facts.append((vars(module), "forward", None))
+        plan.state(vars(module), "forward", None)
         _ADD[type(module)](plan, module, link, planar)
     return plan
 
@@ -160,7 +164,7 @@ def _add_image(plan: _Plan, image: ImageConv2d, link: _Link, planar: int) -> Non
     """`ops.conv_int8`, or `ops.conv_spmm_int8`."""
     layer, packed = image.layer, image.layer.packed
     names = (*packed.BUFFERS, "x_affine")
-    plan.facts.append((image._modules, "layer", layer))
+    plan.state(image._modules, "layer", layer)
     plan.calls += [_OPERATORS.index(_stem(packed) + "_" * link.over), link.x]
     plan.calls += [_NEXT] * len(names)
     _read(plan, packed._buffers, *names)
@@ -188,15 +192,15 @@ def _add_floats(plan: _Plan, layer: Conv2d, link: _Link, planar: int) -> None:
 
 
 def _add_tail(plan: _Plan, layer: Any, planar: int) -> None:
-    plan.facts.append((layer._modules, "packed", layer.packed))
-    plan.facts.append((vars(layer), "_activation", layer._activation))
+    plan.state(layer._modules, "packed", layer.packed)
+    plan.state(vars(layer), "_activation", layer._activation)
     plan.calls += [layer.packed.k, layer._activation, len(layer._conv) + 1, *layer._conv, planar]
 
 
 def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
     """`ops.max_pool`."""
     pool = module.pool
-    plan.facts.append((vars(module), "pool", pool))
+    plan.state(vars(module), "pool", pool)
     plan.calls += [_OPERATORS.index("max_pool"), link.x]
     for sizes in pool.geometry(0, 0):  # not of ceil_mode, which counts what there is
         plan.calls += [len(sizes), *sizes]
@@ -204,20 +208,22 @@ def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
 
 def _add_mean(plan: _Plan, mean: ImageMean, link: _Link, planar: int) -> None:
     """`ops.mean`."""
-    plan.facts += [(vars(mean), name, getattr(mean, name)) for name in ("channels", "keepdim")]
+    for name in ("channels", "keepdim"):
+        plan.state(vars(mean), name, getattr(mean, name))
     _read(plan, mean._buffers, "affine")
     plan.calls += [_OPERATORS.index("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
 
 
 def _read(plan: _Plan, buffers: Any, *names: str) -> None:
-    get = operator.itemgetter(*names)
-    plan.sources.append((get if len(names) > 1 else lambda mapping: (get(mapping),), buffers))
+    for name in names:
+        plan.state(buffers, name, buffers[name])
+        plan.weights.append(buffers[name])
 
 
 def _optional(plan: _Plan, buffers: Any, name: str) -> int:
     """How the calls say that a buffer is there, or not."""
     if buffers[name] is None:
-        plan.facts.append((buffers, name, None))
+        plan.state(buffers, name, None)
         return _NOTHING
     _read(plan, buffers, name)
     return _NEXT
