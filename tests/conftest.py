@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from builds import ROOT
+from products import same_bits
+from torch import Tensor
 
-from gossamer import _C, testing
+from gossamer import _C, ops, testing
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter, on the CPU.
 if not torch.cuda.is_available():
@@ -32,3 +36,23 @@ def bench(monkeypatch):
     """Imports a script of bench/."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     return importlib.import_module
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many values each call of the operator returned; one that it refused is not there.
+
+    None may write to what it was given.
+    """
+    seen: list[int] = []
+    own = ops.chain
+
+    def counted(values: list[Tensor], *more: Any) -> list[Tensor]:
+        before = [value.clone() for value in values]
+        results = own(values, *more)
+        assert all(map(same_bits, values, before))
+        seen.append(len(results))
+        return results
+
+    monkeypatch.setattr(ops, "chain", counted)
+    yield seen

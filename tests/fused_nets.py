@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from products import same_bits
+from torch import Tensor, fx, nn
 
 import gossamer as gs
 from gossamer.calibrate import observed
@@ -207,3 +208,29 @@ def run(model: Any, *inputs: Tensor) -> Tensor:
     with torch.no_grad():
         y: Tensor = model(*inputs)
     return y
+
+
+FORMATS: dict[str, Any] = {
+    "int8": gs.Int8(activations="static"),
+    "1x4": gs.SparseInt8(activations="static"),
+    "fp32": gs.Sparse(),
+}
+
+
+def fused_net(net: nn.Module, format: str, x: Tensor) -> Any:
+    if format != "fp32":
+        return gs.fuse(static(lively(net), x, FORMATS[format]), x)
+    dense = lively(net)
+    gs.prune_(dense, 0.5, "unstructured")
+    gs.compress_(dense, FORMATS[format])
+    return gs.fuse(dense, x)
+
+
+def one_by_one(fused: Any, x: Tensor) -> Any:
+    with torch.no_grad():
+        return fx.Interpreter(fused).run(x)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    got, want = (v if isinstance(v, tuple) else (v,) for v in (got, want))
+    assert len(got) == len(want) and all(map(same_bits, got, want))

@@ -16,7 +16,7 @@ def test_refusals_of_the_operator() -> None:
     x: Any = torch.randn(1, 4, 5, 5)
     weight: Any = torch.zeros(4)
     for call, message in (
-        ([9], "no operator 9"),
+        ([99], "no operator 99"),
         ([-1], "no operator -1"),
         ([6], "end before their arguments"),
         ([6, 0, 2, 1], "end before their arguments"),
@@ -66,7 +66,7 @@ def test_facts_hold() -> None:
     assert not _C.holds([], [{}, mapping])
     wrong: list[Any] = [([()], []), ([({1, 2}, "a", 1)], []), ([[mapping, "a", 1]], []), ([], [()])]
     for facts, empty in wrong:
-        with pytest.raises(TypeError, match="a fact is about no"):
+        with pytest.raises(TypeError, match=r"a fact is a tuple|facts are about dicts"):
             _C.holds(facts, empty)
     with pytest.raises(TypeError, match="unhashable"):
         _C.holds([(mapping, [], 1)], [])

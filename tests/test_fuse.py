@@ -355,7 +355,7 @@ def test_the_report_reads_well() -> None:
     fused, _ = nets()["static"]
     text = str(fused.report).split("\n")
     assert text[0].split(" | ")[0].strip() == "| node"
-    assert text[-1] == "11 nodes run, 13 more are fused into them, 8 give int8"
+    assert text[-1] == "10 nodes run, 14 more are fused into them, 8 give int8"
     entry = fused.report.to_json()[1]
     assert entry["name"] == "conv1" and entry["shape"] == [2, 8, 16, 16]
     assert dataclasses.asdict(fused.report.rows[1])["gives"] == "int8"

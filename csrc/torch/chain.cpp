@@ -31,8 +31,18 @@ namespace {
 
 // In the order of _OPERATORS in python/gossamer/fuse/chain.py.
 const Operation* const kOperations[] = {
-    &kSpmm<false>,         &kSpmm<true>,         &kConvInt8<false>, &kConvInt8<true>,
-    &kConvSpmmInt8<false>, &kConvSpmmInt8<true>, &kMaxPool,         &kMean,
+    &kSpmm<false>,
+    &kSpmm<true>,
+    &kConvInt8<false>,
+    &kConvInt8<true>,
+    &kConvSpmmInt8<false>,
+    &kConvSpmmInt8<true>,
+    &kMaxPool,
+    &kMean,
+    &kBlock,
+    &kUnblock,
+    &kGemmInt8,
+    &kSpmmInt8,
 };
 constexpr int64_t kNothing = -1, kNext = -2;
 

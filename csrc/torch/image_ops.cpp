@@ -95,8 +95,7 @@ void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue*
 }  // namespace
 
 // (x, affine) -> q
-void block(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TW");
+void block(Arguments& arguments, StableIValue* result) {
   const Tensor x = arguments.tensor();
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   if (x.dim != 4) fail("x of shape " + x.shape() + " must be (images, channels, height, width)");
@@ -110,12 +109,11 @@ void block(StableIValue* stack, uint64_t, uint64_t) {
   Tensor q = Tensor::empty(blocked_layout(x.sizes[0], channels, x.sizes[2], x.sizes[3]));
   require_gossamer(
       gossamer_block(&input, channels, pixels, static_cast<uint8_t*>(q.data), parallel_for));
-  stack[0] = q.release();
+  *result = q.release();
 }
 
 // (q, affine, channels, to: a place in gossamer_dtype) -> y
-void unblock(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TWII");
+void unblock(Arguments& arguments, StableIValue* result) {
   const Tensor q = arguments.tensor();
   const Affine affine(arguments.weight("affine", aoti_torch_dtype_float32(), 2), "affine");
   const int64_t channels = arguments.integer(), dtype = arguments.integer();
@@ -130,7 +128,7 @@ void unblock(StableIValue* stack, uint64_t, uint64_t) {
                             dtypes[dtype]});
   require_gossamer(gossamer_unblock(&input.view, channels, pixels, y.data,
                                     static_cast<gossamer_dtype>(dtype), parallel_for));
-  stack[0] = y.release();
+  *result = y.release();
 }
 
 // (x, kernel, stride, padding, dilation) -> y

@@ -11,7 +11,7 @@ namespace gossamer {
 struct Operation {
   const char* kinds;
   void (*run)(Arguments& arguments, StableIValue* result);
-  bool in_place;
+  bool in_place = false;
 };
 
 template <bool kInPlace>
@@ -22,6 +22,10 @@ template <bool kInPlace>
 void conv_spmm_int8(Arguments& arguments, StableIValue* result);
 void max_pool(Arguments& arguments, StableIValue* result);
 void mean(Arguments& arguments, StableIValue* result);
+void block(Arguments& arguments, StableIValue* result);
+void unblock(Arguments& arguments, StableIValue* result);
+void gemm_int8(Arguments& arguments, StableIValue* result);
+void spmm_int8(Arguments& arguments, StableIValue* result);
 
 template <bool kInPlace>
 inline constexpr Operation kSpmm{kInPlace ? "TWWWWITVIIP" : "TWWWWIOVIIP", spmm<kInPlace>,
@@ -32,7 +36,9 @@ inline constexpr Operation kConvInt8{kInPlace ? "TWWWWVVTVIIL" : "TWWWWVVOVIIL",
 template <bool kInPlace>
 inline constexpr Operation kConvSpmmInt8{kInPlace ? "TWWWWWWWVVTVIIL" : "TWWWWWWWVVOVIIL",
                                          conv_spmm_int8<kInPlace>, kInPlace};
-inline constexpr Operation kMaxPool{"TLLLL", max_pool, false}, kMean{"TWII", mean, false};
+inline constexpr Operation kMaxPool{"TLLLL", max_pool}, kMean{"TWII", mean}, kBlock{"TW", block},
+    kUnblock{"TWII", unblock}, kGemmInt8{"TWWWVVIIP", gemm_int8},
+    kSpmmInt8{"TWWWWWWVVIIP", spmm_int8};
 
 // As torch calls it.
 template <const Operation& kOperation>
@@ -41,8 +47,6 @@ void called(StableIValue* stack, uint64_t, uint64_t) {
   kOperation.run(arguments, stack);
 }
 
-void block(StableIValue* stack, uint64_t, uint64_t);
-void unblock(StableIValue* stack, uint64_t, uint64_t);
 void chain_keep(StableIValue* stack, uint64_t, uint64_t);
 void chain(StableIValue* stack, uint64_t, uint64_t);
 

@@ -57,8 +57,7 @@ void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& argu
 
 // (x, panels, scale, wsum, x_affine, bias, k, activation, conv); gemm_w8 has no wsum, no x_affine.
 template <bool kQuantized>
-void gemm(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, kQuantized ? "TWWWVVIIP" : "TWWVIIP");
+void gemm(Arguments& arguments, StableIValue* result) {
   const Tensor x = arguments.tensor();
   const Tensor panels = arguments.weight("panels", aoti_torch_dtype_int8(), -1);
   const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
@@ -69,7 +68,7 @@ void gemm(StableIValue* stack, uint64_t, uint64_t) {
     affine = arguments.optional_weight("x_affine", 2);
   }
   product(
-      x, affine, arguments, n, stack,
+      x, affine, arguments, n, result,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
         const gossamer_int8 w = dense_int8(panels, scale, kQuantized ? &sums[0] : nullptr, k);
         return (kQuantized ? gossamer_gemm_int8 : gossamer_gemm_w8)(&input, &w, &y, parallel_for);
@@ -106,27 +105,6 @@ void gemm_int4(StableIValue* stack, uint64_t, uint64_t) {
                                   static_cast<const int32_t*>(wsum.data)};
             return gossamer_gemm_int4(&input, &w, &y, parallel_for);
           });
-}
-
-// (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
-void spmm_int8(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack, "TWWWWWWVVIIP");
-  const Tensor x = arguments.tensor();
-  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
-  const Index index(arguments, values.numel() / 4);
-  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
-  const int64_t n = scale.numel();
-  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  const std::vector<Tensor> affine = arguments.optional_weight("x_affine", 2);
-  product(
-      x, affine, arguments, n, stack,
-      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
-                                     static_cast<const float*>(scale.data),
-                                     static_cast<const int32_t*>(wsum.data)};
-        return gossamer_spmm_int8(&input, &w, &y, parallel_for);
-      },
-      true);
 }
 
 // (x, dy, columns, rows, cells, n, k, conv) -> dw
@@ -189,6 +167,28 @@ void im2col(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
+void gemm_int8(Arguments& arguments, StableIValue* result) { gemm<true>(arguments, result); }
+
+// (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
+void spmm_int8(Arguments& arguments, StableIValue* result) {
+  const Tensor x = arguments.tensor();
+  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
+  const Index index(arguments, values.numel() / 4);
+  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
+  const int64_t n = scale.numel();
+  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
+  const std::vector<Tensor> affine = arguments.optional_weight("x_affine", 2);
+  product(
+      x, affine, arguments, n, result,
+      [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
+        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
+                                     static_cast<const float*>(scale.data),
+                                     static_cast<const int32_t*>(wsum.data)};
+        return gossamer_spmm_int8(&input, &w, &y, parallel_for);
+      },
+      true);
+}
+
 // (x, values, columns, rows, cells, n, residual, bias, k, activation, conv)
 template <bool kInPlace>
 void spmm(Arguments& arguments, StableIValue* result) {
@@ -209,6 +209,8 @@ template void spmm<false>(Arguments&, StableIValue*);
 template void spmm<true>(Arguments&, StableIValue*);
 
 namespace {
+
+constexpr Operation kGemmW8{"TWWVIIP", gemm<false>};
 
 struct Operator {
   const char *name, *schema;
@@ -234,8 +236,8 @@ const Operator kOperators[] = {
      quantize_rows},
     {"gemm_int8",
      "gemm_int8(Tensor x, Tensor panels, Tensor scale, Tensor wsum, " AFFINE ", " PRODUCT_TAIL,
-     gemm<true>},
-    {"gemm_w8", "gemm_w8(Tensor x, Tensor panels, Tensor scale, " PRODUCT_TAIL, gemm<false>},
+     called<kGemmInt8>},
+    {"gemm_w8", "gemm_w8(Tensor x, Tensor panels, Tensor scale, " PRODUCT_TAIL, called<kGemmW8>},
     {"gemm_int4",
      "gemm_int4(Tensor x, Tensor panels, Tensor group_scale, Tensor scale, Tensor "
      "wsum, " PRODUCT_TAIL,
@@ -245,11 +247,12 @@ const Operator kOperators[] = {
     {"spmm_int8",
      "spmm_int8(Tensor x, Tensor values, " INDEX "Tensor scale, Tensor wsum, " AFFINE
      ", " PRODUCT_TAIL,
-     spmm_int8},
+     called<kSpmmInt8>},
     {"sddmm", "sddmm(Tensor x, Tensor dy, " INDEX "int n, int k, int[]? conv) -> Tensor", sddmm},
     {"im2col", "im2col(Tensor x, int[] conv) -> Tensor", im2col},
-    {"block", "block(Tensor x, Tensor affine) -> Tensor", block},
-    {"unblock", "unblock(Tensor q, Tensor affine, int channels, int to) -> Tensor", unblock},
+    {"block", "block(Tensor x, Tensor affine) -> Tensor", called<kBlock>},
+    {"unblock", "unblock(Tensor q, Tensor affine, int channels, int to) -> Tensor",
+     called<kUnblock>},
     {"max_pool",
      "max_pool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
      called<kMaxPool>},

@@ -19,15 +19,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 
 from gossamer import _C, ops
-from gossamer.layers import Conv2d
+from gossamer.layers import Conv2d, Linear
+from gossamer.placement import FLOATS, prepare
 
-from .images import ImageConv2d, ImageMean, gives_floats
+from .images import ImageConv2d, ImageMean, ToFloat, ToInt8, gives_floats
 from .match import module_of, source
 from .pools import ImageMaxPool2d, SeparableMaxPool2d
 
 # As chain.cpp has them.
 _STEMS = ("spmm", "conv_int8", "conv_spmm_int8")
 _OPERATORS = (*(stem + end for stem in _STEMS for end in ("", "_")), "max_pool", "mean")
+_OPERATORS += ("block", "unblock", "gemm_int8", "spmm_int8")
 _NOTHING, _NEXT = -1, -2
 
 
@@ -78,6 +80,8 @@ class Chain:
         self.inputs = [node for node in read if node not in inside]
         self.outputs = [node for node in nodes if not node.users or set(node.users) - inside]
         self.links = list(self._links())
+        become_bytes = {source(node) for node in nodes if type(module_of(node)) is ToInt8}
+        self._floats = {i for i, node in enumerate(self.inputs) if node in become_bytes}
         self._kept: dict[int, _Kept | None] = {}
 
     def _links(self) -> Iterator[_Link]:
@@ -100,7 +104,11 @@ class Chain:
         kept = self._at_hand(root, inputs)
         if kept is not None:
             try:
-                return ops.chain(list(inputs), kept.number)
+                # Floats that become bytes may lie in memory as they like.
+                laid_out = [
+                    prepare(x, [], True) if i in self._floats else x for i, x in enumerate(inputs)
+                ]
+                return ops.chain(laid_out, kept.number)
             except RuntimeError:
                 pass  # nothing was written to; the layer that cannot run says why
         values = list(inputs)
@@ -214,6 +222,33 @@ def _add_mean(plan: _Plan, mean: ImageMean, link: _Link, planar: int) -> None:
     plan.calls += [_OPERATORS.index("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
 
 
+def _add_to_int8(plan: _Plan, module: ToInt8, link: _Link, planar: int) -> None:
+    """`ops.block`."""
+    _read(plan, module._buffers, "affine")
+    plan.calls += [_OPERATORS.index("block"), link.x, _NEXT]
+
+
+def _add_to_float(plan: _Plan, module: ToFloat, link: _Link, planar: int) -> None:
+    """`ops.unblock`."""
+    for name in ("channels", "dtype"):
+        plan.state(vars(module), name, getattr(module, name))
+    _read(plan, module._buffers, "affine")
+    plan.calls += [_OPERATORS.index("unblock"), link.x, _NEXT]
+    plan.calls += [module.channels, FLOATS.index(module.dtype)]
+
+
+def _add_linear(plan: _Plan, layer: Linear, link: _Link, planar: int) -> None:
+    """`ops.gemm_int8` or `ops.spmm_int8`."""
+    packed: Any = layer.packed
+    plan.state(layer._modules, "packed", packed)
+    plan.state(vars(layer), "_activation", layer._activation)
+    plan.calls += [_OPERATORS.index(packed.kernel), link.x, *[_NEXT] * len(packed.BUFFERS)]
+    _read(plan, packed._buffers, *packed.BUFFERS)
+    plan.calls.append(_optional(plan, packed._buffers, "x_affine"))
+    plan.calls.append(_optional(plan, layer._buffers, "bias"))
+    plan.calls += [packed.k, layer._activation, _NOTHING]
+
+
 def _read(plan: _Plan, buffers: Any, *names: str) -> None:
     for name in names:
         plan.state(buffers, name, buffers[name])
@@ -222,7 +257,7 @@ def _read(plan: _Plan, buffers: Any, *names: str) -> None:
 
 def _optional(plan: _Plan, buffers: Any, name: str) -> int:
     """How the calls say that a buffer is there, or not."""
-    if buffers[name] is None:
+    if buffers.get(name) is None:
         plan.state(buffers, name, None)
         return _NOTHING
     _read(plan, buffers, name)
@@ -235,6 +270,9 @@ _ADD: dict[type[nn.Module], Callable[..., None]] = {
     ImageMaxPool2d: _add_pool,
     SeparableMaxPool2d: _add_pool,
     ImageMean: _add_mean,
+    ToInt8: _add_to_int8,
+    ToFloat: _add_to_float,
+    Linear: _add_linear,
 }
 
 
@@ -244,32 +282,40 @@ def _kind(module: Any) -> str:
         packed = module.packed
         alone = packed.kernel == "spmm" and not packed.trainable and module._outside is None
         return "floats" if alone else ""
+    return "images" if _of_images(module) else ""
+
+
+def _of_images(module: Any) -> bool:
     if type(module) in (ImageMaxPool2d, SeparableMaxPool2d):
-        return "" if module.pool.ceil_mode else "images"
+        return not module.pool.ceil_mode
+    if type(module) is Linear:
+        packed = module.packed
+        return packed.kernel in ("gemm_int8", "spmm_int8") and not packed.trainable
     if type(module) is ImageConv2d and _stem(module.layer.packed) not in _STEMS:
-        return ""
-    floats = type(module) is ImageMean or gives_floats(module)
-    known = module.dtype == torch.float32 if floats else type(module) is ImageConv2d
-    return "images" if known else ""
+        return False
+    if type(module) is ImageMean or gives_floats(module):
+        return bool(module.dtype == torch.float32)
+    return type(module) in (ImageConv2d, ToInt8, ToFloat)
 
 
 def chains_of(graph: fx.Graph) -> list[Chain]:
     """The longest runs of two and more layers of one kind."""
     runs: list[tuple[str, list[fx.Node]]] = [("", [])]
     for node in graph.nodes:
-        kind = "" if node.kwargs or _pools_others(node, runs[-1][1]) else _kind(module_of(node))
+        kind = "" if node.kwargs or _reads_others(node, runs[-1][1]) else _kind(module_of(node))
         if kind != runs[-1][0]:
             runs.append((kind, []))
         runs[-1][1].append(node)
     return [Chain(run, kind) for kind, run in runs if kind and len(run) > 1]
 
 
-def _pools_others(node: fx.Node, run: Sequence[fx.Node]) -> bool:
-    """Whether a node pools floats that no convolution of the run has just made."""
-    before = source(node)
-    if type(module_of(node)) is not SeparableMaxPool2d or before is None:
-        return False
-    return before not in run or not gives_floats(module_of(before))
+def _reads_others(node: fx.Node, run: Sequence[fx.Node]) -> bool:
+    """Whether a node reads floats that must be of the run, but are not."""
+    module, before = module_of(node), source(node)
+    made = module_of(before) if before is not None and before in run else None
+    if type(module) is SeparableMaxPool2d:
+        return not gives_floats(made)
+    return type(module) is Linear and (len(node.args) > 1 or type(made) not in (ImageMean, Linear))
 
 
 def shortened(root: fx.GraphModule, graph: fx.Graph) -> Callable[..., Any]:

@@ -115,6 +115,19 @@ def passes(node: fx.Node) -> bool:
     return not arguments(node, "p", "training").get("training", default)
 
 
+def flattens(node: fx.Node) -> bool:
+    """Whether it is flatten from the first dimension behind the batch on."""
+    module = module_of(node)
+    if module is not None:
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target not in (torch.flatten, "flatten"):
+        return False
+    return arguments(node, "start_dim", "end_dim") in (
+        {"start_dim": 1},
+        {"start_dim": 1, "end_dim": -1},
+    )
+
+
 def rank_read(node: fx.Node) -> bool:
     """Whether it is x.ndim or x.dim()."""
     if node.op == "call_function":

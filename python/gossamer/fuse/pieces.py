@@ -21,7 +21,7 @@ from gossamer.layers import Conv2d, Linear
 
 from .floats import PooledConv2d
 from .graph import seen
-from .match import activation, addends, alive, image_op, module_of, shape_read, source
+from .match import activation, addends, alive, flattens, image_op, module_of, shape_read, source
 from .rows import in_bytes
 
 # The largest value of a piece; a core's L2 has 0.5 to 2 MB, what cores share more.
@@ -48,7 +48,6 @@ _CALLS: set[Any] = {
 }
 _CALLS |= {torch.sigmoid, F.sigmoid, F.hardsigmoid, "sigmoid"}
 _PRODUCTS = {operator.mul, torch.mul, "mul", "mul_", operator.imul}
-_FLATTENS = {torch.flatten, "flatten"}
 _VIEWS = {"view", "reshape"}
 
 
@@ -129,15 +128,14 @@ def _alone(node: fx.Node) -> bool:
     """Whether the node computes each image of its operands by itself."""
     module = module_of(node)
     if module is not None:
-        flat = type(module) is nn.Flatten and module.start_dim == 1
-        return flat or type(module) in _LAYERS or activation(node) is not None
+        return type(module) in _LAYERS or activation(node) is not None or flattens(node)
     if node.op not in ("call_function", "call_method"):
         return False
     if node.target in _PRODUCTS or addends(node):
         dims = {len(seen(operand).shape) for operand in node.all_input_nodes}
         return len(dims) == 1 and not node.kwargs
-    if node.target in _FLATTENS:
-        return (*node.args[1:2], *node.kwargs.values()) == (1,)
+    if flattens(node):
+        return True
     if node.target in _VIEWS:
         return len(node.args) > 2 and _counts_images(node.args[1])
     return node.target in _CALLS or activation(node) is not None or image_op(node) is not None

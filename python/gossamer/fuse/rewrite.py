@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .graph import add_module, seen
+from .graph import absorb, add_module, seen
 from .images import (
     ImageConv2d,
     ImageMean,
@@ -18,7 +18,18 @@ from .images import (
     ToInt8,
     shape_of,
 )
-from .match import Cat, MaxPool, Nearest, PixelMean, label, shape_read, source, title
+from .match import (
+    Cat,
+    MaxPool,
+    Nearest,
+    PixelMean,
+    flattens,
+    label,
+    only_reader,
+    shape_read,
+    source,
+    title,
+)
 from .plan import Plan, Residual, parts, static_conv
 from .pools import ImageMaxPool2d
 from .trace import Fused
@@ -104,8 +115,13 @@ class _Rewriter:
         (part,) = parts(node, op)
         shape, dtype = seen(part).shape, seen(node).dtype or torch.float32
         mean = ImageMean(self.plan.affines[part], shape[1], dtype, op.keepdim)
-        node.replace_all_uses_with(self._call(node, mean, [self.images[part]]))
+        call = self._call(node, mean, [self.images[part]])
+        node.replace_all_uses_with(call)
         self.graph.erase_node(node)
+        reader = only_reader(call)
+        if op.keepdim and reader is not None and flattens(reader):
+            mean.keepdim = False
+            absorb(call, reader, label(reader))
 
     def _read_floats(self, node: fx.Node) -> None:
         """Whatever else reads bytes gets them as floats, unless it only asks for their shape."""
