@@ -56,8 +56,35 @@ class Images {
   int64_t plane_;
 };
 
+// The largest magnitude. As integers, of which a compiler takes many at once; NaN is the largest.
+double largest(const float* values, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; values && i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof bits);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  float value;
+  std::memcpy(&value, &most, sizeof value);
+  return value;
+}
+
+// See ImageDestination. A weight's scales and k bound its sums.
+bool saturates(const gossamer_input& x, const float* scale, int64_t n, int64_t k,
+               const gossamer_output& y) {
+  if (!y.blocked || y.blocked->zero != 0 || (y.blocked->residual && y.blocked->residual_zero != 0))
+    return false;
+  const double step = y.blocked->scale;
+  // A bound of 6 is the last byte, or above it.
+  const bool bounded = y.activation == GOSSAMER_RELU6 && 6 / step > 254.75;
+  if (y.activation != GOSSAMER_NONE && y.activation != GOSSAMER_RELU && !bounded) return false;
+  const double sum = 255.0 * 128 * double(k) * x.scale * largest(scale, n);
+  const double most = sum + largest(y.bias, n) + 255.0 * y.blocked->residual_scale;
+  return most / step < 0x1p30;
+}
+
 ImageDestination destination(const gossamer_input& x, const gossamer_output& y, int64_t n,
-                             int64_t image, gossamer_blocked& blocked) {
+                             int64_t image, bool saturates, gossamer_blocked& blocked) {
   const int64_t plane = x.conv->out_h * x.conv->out_w;
   const gossamer_dtype dtype = x.dtype == GOSSAMER_UINT8 ? GOSSAMER_FLOAT32 : x.dtype;
   char* data = static_cast<char*>(y.data);
@@ -65,28 +92,30 @@ ImageDestination destination(const gossamer_input& x, const gossamer_output& y, 
     const int64_t bytes = image * blocked_bytes(n, plane);
     blocked = *y.blocked;
     if (blocked.residual) blocked.residual += bytes;
-    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked};
+    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked, saturates};
   }
   const int64_t elements = image * plane * (y.planar ? n : y.stride);
   return {{data + elements * element_size(dtype), y.planar ? plane : y.stride, dtype, y.bias,
            y.activation},
           y.planar != 0,
-          nullptr};
+          nullptr,
+          false};
 }
 
 // multiply(tile, units, destination, scratch of `own` bytes) for all tiles; `weights` is how many an
 // output pixel meets.
 template <typename Before, typename Multiply>
-int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, const Work& work,
-             double weights, Before before, int64_t own, gossamer_parallel_for parallel_for,
-             Multiply multiply) {
+int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, int64_t k,
+             const float* scale, const Work& work, double weights, Before before, int64_t own,
+             gossamer_parallel_for parallel_for, Multiply multiply) {
   const Images images(x);
+  const bool saturated = saturates(x, scale, n, k, y);
   return run(work, macs_of_lanes(work, weights), before, parallel_for, [&](const Tile& tile) {
     Arena arena{scratch.reserve(images.bytes() + own)};
     if (!arena.next) return false;
     const ImageTile in = images(tile, arena);
     gossamer_blocked blocked{};
-    multiply(in, tile.units, destination(x, y, n, tile.image, blocked), arena.take(own));
+    multiply(in, tile.units, destination(x, y, n, tile.image, saturated, blocked), arena.take(own));
     return true;
   });
 }
@@ -102,7 +131,7 @@ int depthwise(const gossamer_input& x, const gossamer_int8& w, const gossamer_ou
                 Long(shape.columns * c.stride_w));
   }
   const Work work = work_of(x, rows * c.out_w, ceil_div(w.n, kPanel));
-  return convolve(x, y, w.n, work, double(w.n) * double(w.k), Even(),
+  return convolve(x, y, w.n, w.k, w.scale, work, double(w.n) * double(w.k), Even(),
                   depthwise_scratch(c, w.k, rows * c.out_w), parallel_for,
                   [&](const ImageTile& in, Range panels, const ImageDestination& to, void* own) {
                     active_kernels()->conv_int8(in, w, panels, to, own);
@@ -122,7 +151,7 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
   if (is_depthwise(*x->conv, w->n, w->k)) return depthwise(*x, *w, *y, parallel_for);
   const int64_t panels = ceil_div(w->n, kPanel), pixels = dense_tile_pixels(*x->conv);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
-  return convolve(*x, *y, w->n, work, double(w->n) * double(w->k), Even(),
+  return convolve(*x, *y, w->n, w->k, w->scale, work, double(w->n) * double(w->k), Even(),
                   conv_int8_scratch(w->k, pixels), parallel_for,
                   [&](const ImageTile& in, Range units, const ImageDestination& to, void* own) {
                     active_kernels()->conv_int8(in, *w, panel_range(units, panels), to, own);
@@ -141,7 +170,7 @@ extern "C" int gossamer_conv_spmm_int8(const gossamer_input* x, const gossamer_s
   const int64_t pixels = tile_pixels(*x->conv, most);
   const Work work = work_of(*x, pixels, chunk_count(index.n));
   const ByEntries before{index, ceil_div(ceil_div(index.k, 4), kBlockWords)};
-  return convolve(*x, *y, index.n, work, 4 * double(index.entries), before,
+  return convolve(*x, *y, index.n, index.k, w->scale, work, 4 * double(index.entries), before,
                   conv_spmm_int8_scratch(index.n, index.k, pixels), parallel_for,
                   [&](const ImageTile& in, Range chunks, const ImageDestination& to, void* own) {
                     active_kernels()->conv_spmm_int8(in, *w, chunks, to, own);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import cache
 from typing import Any
 
@@ -192,6 +193,31 @@ def test_bytes_are_those_of_floats_that_are_quantized(isa: str, stem: str, activ
             floats = packed.matmul(x, bias, "none", conv) + ops.unblock(r, R_AFFINE, OUTPUTS)
             floats = reference.activate(floats, activation)
             assert torch.equal(y, ops.block(floats, Y_AFFINE)), str(case)
+
+
+# Steps of y, on both sides of where ReLU6 is the last byte and where a value has 2^31 of them.
+STEPS = (6 / 256, 6 / 255, 6 / 254, 0.04, 1e-9, 1e-30)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("stem", INT8_STEMS)
+def test_bytes_from_zero(isa: str, stem: str, activation: str) -> None:
+    place = ops.activation_index(activation)
+    for case, step in itertools.product(CASES["conv_int8"][:6], STEPS):
+        packed, conv = packed_conv(stem, case), case.conv()
+        q, small = image_of(packed, case), Case(case.name, 1, 1, OUTPUTS).bias()
+        large = torch.where(torch.arange(OUTPUTS) % 5 == 0, small.sign() * 1e7, small)
+        x, y_affine = ops.unblock(q, packed.x_affine, case.shape[1]), torch.tensor([step, 0.0])
+        for bias, zero in itertools.product((small, large, large * 1e20), (None, 0.0, 7.0)):
+            y = packed.convolve(q, bias, place, conv, y_affine)
+            floats = packed.matmul(x, bias, "none", conv)
+            if zero is not None:
+                r_affine = torch.tensor([0.5, zero])
+                r = ops.block(torch.randn(floats.shape) * 30, r_affine)
+                y = packed.convolve(q, bias, place, conv, y_affine, r, r_affine)
+                floats = floats + ops.unblock(r, r_affine, OUTPUTS)
+            want = ops.block(reference.activate(floats, activation), y_affine)
+            assert torch.equal(y, want), (str(case), step, zero)
 
 
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)

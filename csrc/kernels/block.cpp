@@ -28,7 +28,6 @@ struct Checked {
 template <typename T>
 void planes(const T* x, const FloatImage& image, Range pixels, Checked& bytes, int32_t* q) {
   const int64_t plane = image.pixels;
-  const I32 none = set(int32_t{0});
   for (int64_t c = 0; c < image.channels; c += 4, x += 4 * plane, q += plane) {
     const int64_t some = image.channels - c < 4 ? image.channels - c : 4;
     for (int64_t p = pixels.begin; p < pixels.end; p += kLanes) {
@@ -38,7 +37,7 @@ void planes(const T* x, const FloatImage& image, Range pixels, Checked& bytes, i
         const T* at = x + i * plane + p;
         byte[i] = i >= some ? bytes.quantize.zero : bytes(load_some(at, left));
       }
-      const I32 words = in_words(pack_bytes(byte[0], byte[1], byte[2], byte[3], none, none));
+      const I32 words = in_words(pack_bytes(byte[0], byte[1], byte[2], byte[3]));
       store_some(q + p, words, left);
     }
   }

@@ -45,7 +45,7 @@ void write_words(const int32_t* bytes, int64_t outputs, int64_t plane, int last,
 // registers to bytes, and these wait in L1 for the other three of their words. Without it the sums
 // are zeroed, added to and read again: 64-byte lines in L2, for the one or two entries that a 1x1
 // layer of 64 channels has at 90 %.
-template <int V, bool kResidual>
+template <int V, bool kResidual, Clamp kClamp>
 void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
                const ImageDestination& to, const int32_t* panel, int32_t* bytes) {
   constexpr int kFours = (V + 3) / 4;
@@ -53,7 +53,7 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
                 left = round_up(w.index.n, 4) - begin,
                 outputs = left < chunk_rows(w.index.n) ? left : chunk_rows(w.index.n);
   const Epilogue of{x, w.scale, w.wsum, w.index.n, to};
-  const Requantize<kResidual, true> requantize(*to.blocked, to.to.activation);
+  const Requantize<kResidual, kClamp> requantize(*to.blocked, to.to.activation);
   // The word of output `begin` at the first pixel; the last vector may have fewer pixels.
   const int64_t first = begin / 4 * plane + x.pixels.begin;
   const int last = lanes_left(x.pixels.end - x.pixels.begin, (V - 1) * kLanes);
@@ -73,8 +73,7 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
     }
     for (int v = 0; v < 4 * kFours; v += 4) {
       store(bytes + (output * kFours + v / 4) * kLanes,
-            pack_bytes(byte[v], byte[v + 1], byte[v + 2], byte[v + 3], requantize.zero,
-                       requantize.least));
+            requantize.pack(byte[v], byte[v + 1], byte[v + 2], byte[v + 3]));
     }
   };
   const auto one = [=](int64_t output, auto multiply) {
@@ -103,16 +102,18 @@ void conv_spmm_int8(const ImageTile& x, const gossamer_sparse_int8& w, Range chu
   auto* panel = static_cast<int32_t*>(scratch);
   int32_t* sums = panel + columns * width;
   gather(x, panel);
-  const bool direct = to.blocked && columns <= kBlockWords && is_clamping(to.to.activation);
+  const bool direct = to.blocked && columns <= kBlockWords && clamp_of(to) != Clamp::kActivated;
   const Epilogue finish{x, w.scale, w.wsum, w.index.n, to};
   by_count<kSparseVectors>(width / kLanes, [&](auto vectors) {
     constexpr int V = decltype(vectors)::value;
     if (direct) {
-      for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-        to.blocked->residual ? one_block<V, true>(x, w, chunk, to, panel, sums)
-                             : one_block<V, false>(x, w, chunk, to, panel, sums);
-      }
-      return;
+      return by_result(to, [&](auto residual, auto clamp) {
+        constexpr auto kClamp = Clamp(decltype(clamp)::value);
+        if constexpr (kClamp != Clamp::kActivated) {
+          for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk)
+            one_block<V, decltype(residual)::value, kClamp>(x, w, chunk, to, panel, sums);
+        }
+      });
     }
     each_chunk(
         w.index, chunks, columns, kBlockWords, sums, width,

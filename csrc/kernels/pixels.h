@@ -134,10 +134,21 @@ struct Output {
   F32 corrected(I32 sum) const { return add(mul(to_f32(sum), scale), bias); }
 };
 
-// Floats of one output to integers that pack_bytes, with `zero` and `least`, makes bytes of a blocked
-// image. kResidual: adds bytes of another one first. kClamped: no activation, or one that is a bound or
-// two of the clamping that follows anyway: a scale is positive, and rounding keeps the order.
-template <bool kResidual, bool kClamped>
+// What makes bytes of floats: an activation and clamping; clamping only (no activation, or one that
+// is a bound or two of it: a scale is positive, and rounding keeps the order); or saturation, see
+// ImageDestination.
+enum class Clamp { kActivated, kBounds, kSaturation };
+
+static inline Clamp clamp_of(const ImageDestination& image) {
+  const gossamer_activation a = image.to.activation;
+  if (image.saturates) return Clamp::kSaturation;
+  return a == GOSSAMER_NONE || a == GOSSAMER_RELU || a == GOSSAMER_RELU6 ? Clamp::kBounds
+                                                                         : Clamp::kActivated;
+}
+
+// Floats of one output to integers, of which pack() makes bytes of a blocked image. kResidual: adds
+// bytes of another one first.
+template <bool kResidual, Clamp kClamp>
 struct Requantize {
   Quantize quantize;
   I32 zero, least;  // of set_twice
@@ -148,31 +159,42 @@ struct Requantize {
   Requantize(const gossamer_blocked& y, gossamer_activation its_activation)
       : quantize({y.scale, y.zero}),
         zero(set_twice(y.zero)),
-        least(set_twice(kClamped && its_activation != GOSSAMER_NONE ? y.zero : 0)),
+        least(set_twice(kClamp == Clamp::kBounds && its_activation != GOSSAMER_NONE ? y.zero : 0)),
         residual_scale(set(y.residual_scale)),
         residual_zero(set(y.residual_zero)),
         activation(its_activation) {
-    if (kClamped && activation == GOSSAMER_RELU6)
+    if (kClamp == Clamp::kBounds && activation == GOSSAMER_RELU6)
       quantize.last = min(quantize.last, mul(set(6.0f), quantize.factor));
   }
   I32 operator()(F32 value, I32 residual) const {
-    if (kResidual) value = add(value, mul(to_f32(sub(residual, residual_zero)), residual_scale));
-    return quantize.bounded_above(kClamped ? value : activate(value, activation));
+    constexpr bool kZeros = kClamp == Clamp::kSaturation;
+    if (kResidual) {
+      const I32 count = kZeros ? residual : sub(residual, residual_zero);
+      value = add(value, mul(to_f32(count), residual_scale));
+    }
+    if (kZeros) return round(mul(value, quantize.factor));
+    return quantize.bounded_above(kClamp == Clamp::kBounds ? value : activate(value, activation));
+  }
+  I32 pack(I32 a, I32 b, I32 c, I32 d) const {
+    return kClamp == Clamp::kSaturation ? pack_bytes(a, b, c, d)
+                                        : pack_bytes(a, b, c, d, zero, least);
   }
 };
 
-static inline bool is_clamping(gossamer_activation a) {
-  return a == GOSSAMER_NONE || a == GOSSAMER_RELU || a == GOSSAMER_RELU6;
-}
-
-// Calls body(kResidual, kClamped) with what a blocked result asks for, as types.
+// Calls body(kResidual, kClamp) with what a blocked result asks for, as types.
 template <typename Body>
-static inline void by_result(const gossamer_blocked& y, gossamer_activation activation, Body body) {
-  if (is_clamping(activation)) {
-    y.residual ? body(Int<1>(), Int<1>()) : body(Int<0>(), Int<1>());
-  } else {
-    y.residual ? body(Int<1>(), Int<0>()) : body(Int<0>(), Int<0>());
-  }
+static inline void by_result(const ImageDestination& image, Body body) {
+  const auto clamped = [&](auto residual) {
+    switch (clamp_of(image)) {
+      case Clamp::kActivated:
+        return body(residual, Int<int(Clamp::kActivated)>());
+      case Clamp::kBounds:
+        return body(residual, Int<int(Clamp::kBounds)>());
+      case Clamp::kSaturation:
+        return body(residual, Int<int(Clamp::kSaturation)>());
+    }
+  };
+  image.blocked->residual ? clamped(Int<1>()) : clamped(Int<0>());
 }
 
 // Writes sums[output][width] of a range of outputs, which begins with a multiple of four.
@@ -200,14 +222,14 @@ struct Epilogue {
   }
 
   void blocked(const int32_t* sums, Range outputs) const {
-    by_result(*image.blocked, image.to.activation, [&](auto residual, auto clamped) {
-      words<decltype(residual)::value, decltype(clamped)::value>(sums, outputs);
+    by_result(image, [&](auto residual, auto clamp) {
+      words<decltype(residual)::value, Clamp(decltype(clamp)::value)>(sums, outputs);
     });
   }
 
-  template <bool kResidual, bool kClamped>
+  template <bool kResidual, Clamp kClamp>
   void words(const int32_t* sums, Range outputs) const {
-    const Requantize<kResidual, kClamped> bytes(*image.blocked, image.to.activation);
+    const Requantize<kResidual, kClamp> bytes(*image.blocked, image.to.activation);
     const int64_t width = width_of(x.pixels), plane = image.to.stride,
                   count = x.pixels.end - x.pixels.begin;
     const auto* residual = reinterpret_cast<const int32_t*>(image.blocked->residual);
@@ -222,8 +244,8 @@ struct Epilogue {
           constexpr int i = decltype(lane)::value;
           return bytes(each[i](load(sums + i * width + p)), unsigned_byte(r, i));
         };
-        const I32 packed = pack_bytes(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()),
-                                      byte(Int<3>()), bytes.zero, bytes.least);
+        const I32 packed =
+            bytes.pack(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()), byte(Int<3>()));
         store_some(static_cast<int32_t*>(image.to.y) + line + p, in_words(packed), left);
       }
     }

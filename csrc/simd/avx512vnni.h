@@ -158,6 +158,9 @@ static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
   };
   return {_mm512_packus_epi16(pair(a, b), pair(c, d))};
 }
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d) {
+  return {_mm512_packus_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v))};
+}
 static inline I32 in_words(I32 packed) {
   const __m128i each = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return {_mm512_shuffle_epi8(packed.v, _mm512_broadcast_i32x4(each))};

@@ -230,6 +230,10 @@ static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
                    byte(d.v[i], i) << 24);
   });
 }
+// The same where zero and least are 0.
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d) {
+  return pack_bytes(a, b, c, d, set(0), set(0));
+}
 // Lane i: bytes i of the four vectors that were packed.
 static inline I32 in_words(I32 packed) { return packed; }
 // In place, four packed lines of four vectors each -> vector j of all lines, as words: lane i has byte

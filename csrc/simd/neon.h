@@ -160,6 +160,12 @@ static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d, I32 zero, I32 least) {
   };
   return {vreinterpretq_s32_u8(vcombine_u8(pair(a, b), pair(c, d)))};
 }
+static inline I32 pack_bytes(I32 a, I32 b, I32 c, I32 d) {
+  const auto pair = [](I32 low, I32 high) {
+    return vqmovun_s16(vcombine_s16(vqmovn_s32(low.v), vqmovn_s32(high.v)));
+  };
+  return {vreinterpretq_s32_u8(vcombine_u8(pair(a, b), pair(c, d)))};
+}
 static inline I32 in_words(I32 packed) {
   constexpr uint8_t kEach[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   return {vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(packed.v), vld1q_u8(kEach)))};

@@ -70,6 +70,10 @@ bool check_bytes() {
                                [](auto a, auto b, auto c, auto d, auto zero) {
                                  return in_words(pack_bytes(a, b, c, d, zero, zero));
                                }) &&
+         lanes<I32, base::I32>("pack_bytes of bytes from 0", draw_packed,
+                               [](auto a, auto b, auto c, auto d, auto) {
+                                 return in_words(pack_bytes(a, b, c, d));
+                               }) &&
          check_interleave<0>() && check_interleave<1>() && check_interleave<2>() &&
          check_interleave<3>();
 }
