@@ -38,8 +38,12 @@ class Images {
     const gossamer_conv& c = *x_.conv;
     const int64_t image_bytes = blocked_bytes(c.channels, plane_);
     if (x_.dtype == GOSSAMER_UINT8) {
-      return {static_cast<const uint8_t*>(x_.data) + tile.image * image_bytes, c, given(x_),
-              tile.rows, tile.again};
+      return {static_cast<const uint8_t*>(x_.data) + tile.image * image_bytes,
+              c,
+              given(x_),
+              tile.rows,
+              tile.again,
+              tile.cold};
     }
     auto* range = reinterpret_cast<Affine*>(arena.take(sizeof(Affine)));
     auto* q = reinterpret_cast<uint8_t*>(arena.take(image_bytes));
@@ -48,7 +52,7 @@ class Images {
                              plane_};
       *range = active_kernels()->block(image, given(x_), {0, plane_}, q);
     }
-    return {q, c, *range, tile.rows, tile.again};
+    return {q, c, *range, tile.rows, tile.again, tile.cold};
   }
 
  private:

@@ -67,6 +67,7 @@ struct ImageTile {
   Affine affine;  // a scale of NaN makes all results NaN
   Range pixels;
   bool gathered = false;  // scratch holds their panel
+  bool cold = false;      // the weights come from memory
 };
 
 // Where they go, in the image that to.y points to: blocked; planar, to.stride is a plane's pixels;

@@ -56,6 +56,7 @@ struct Tile {
   Range rows, units;
   bool fresh = true;  // of another image than this thread's tile before: scratch has nothing of use
   bool again = false;  // the rows of this thread's tile before: what was made of them is in scratch
+  bool cold = true;    // the rows of its first tile: it has read none of these weights yet
   int64_t count() const { return rows.end - rows.begin; }
 };
 
@@ -180,17 +181,22 @@ class Run {
   }
 
  private:
+  // The tiles that a thread met.
+  struct Met {
+    int64_t first = -1, last = -1;
+  };
+
   // What one thread does.
   void part(int64_t from, int64_t to) {
-    int64_t last = -1;
+    Met met;
     const Range items{costs_.item(from), costs_.item(to)};
     // Alone, there is nobody to share with.
     const int64_t own = to - from == costs_.cost() ? kShares : opened_++;
     if (own >= kShares) {
-      walk(items, last);
+      walk(items, met);
     } else {
       const auto empty = [&](Share& share, bool front) {
-        for (Range some; (some = share.take(work_, front)).begin < some.end;) walk(some, last);
+        for (Range some; (some = share.take(work_, front)).begin < some.end;) walk(some, met);
       };
       shares_[own].open(items);
       empty(shares_[own], true);
@@ -200,17 +206,18 @@ class Run {
     scratch.trim();
   }
 
-  // last: the tile that this thread met before.
-  void walk(Range items, int64_t& last) {
+  void walk(Range items, Met& met) {
     for (int64_t units = work_.units; items.begin < items.end;) {
       const int64_t t = items.begin / units, first = items.begin % units,
                     end = std::min(units, first + items.end - items.begin);
       Tile tile = tile_at(work_, t);
       tile.units = {first, end};
-      tile.again = t == last;
-      tile.fresh = last < 0 || tile.image != tile_at(work_, last).image;
+      if (met.first < 0) met.first = t;
+      tile.again = t == met.last;
+      tile.fresh = met.last < 0 || tile.image != tile_at(work_, met.last).image;
+      tile.cold = t == met.first;
       if (!body_(tile)) failed_ = true;
-      last = t;
+      met.last = t;
       items.begin += end - first;
     }
   }
