@@ -11,6 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from gossamer import _C, ops
 
+POOL = [2, 1, 1, 2, 1, 1, 4, 0, 0, 0, 0, 2, 1, 1]  # 1 x 1 pixels
+
 
 def test_refusals_of_the_operator() -> None:
     x: Any = torch.randn(1, 4, 5, 5)
@@ -18,20 +20,23 @@ def test_refusals_of_the_operator() -> None:
     for call, message in (
         ([99], "no operator 99"),
         ([-1], "no operator -1"),
-        ([6], "end before their arguments"),
-        ([6, 0, 2, 1], "end before their arguments"),
-        ([6, 4, 0, 0, 0, 0], "no value for argument 4"),
-        ([6, -5, 0, 0, 0, 0], "no value for argument -5"),
-        ([6, -1, 0, 0, 0, 0], "no value for argument -1"),
+        ([12], "end before their arguments"),
+        ([12, 0, 2, 1], "end before their arguments"),
+        ([12, 4, 0, 0, 0, 0], "no value for argument 4"),
+        ([12, -5, 0, 0, 0, 0], "no value for argument -5"),
+        ([12, -1, 0, 0, 0, 0], "no value for argument -1"),
         ([0, 1, 1], "a weight that is 1"),
         ([0, 1, -1], "a weight that is -1"),
         ([0, 0, -2, -2], "more weights than there are"),
-        ([6, 0, *[2, 1, 1] * 4], "conv needs 11 integers, got 9"),
+        ([12, 0, *[2, 1, 1] * 4], "conv needs 11 integers, got 9"),
+        ([12, 0, *POOL], "a result that leaves it and is not said to"),
     ):
         with pytest.raises(RuntimeError, match=message):
             called(x, weight, call)
         assert x._use_count() == weight._use_count() == 1, call
     assert called(x, weight, []) == []
+    (y,) = called(x, weight, [12, 0, *POOL, 13, 3, *POOL])
+    assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
 
 
 def called(x: Tensor, weight: Tensor, calls: list[int]) -> list[Tensor]:

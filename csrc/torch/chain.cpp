@@ -2,7 +2,8 @@
 // interpreter and a dispatcher, whose code and data the kernels have pushed out of the caches. A chain
 // is kept with the weights that it reads, which need not pass the interpreter each time.
 //
-//   calls   for each call the place of its operator in kCallees, and then for each argument, by kind:
+//   calls   for each call 2 * o, o the place of its operator in kOperations, or 2 * o + 1 if its result
+//           leaves the chain, itself or written over; and then for each argument, by kind:
 //           T, O  2 * p, the value p; 2 * p + 1, the same, which nobody reads after this; kNothing
 //           W, V  kNext, the next of the weights; V: or kNothing
 //           I     the integer
@@ -13,6 +14,8 @@
 //
 // Returned are the results that no call has read for the last time.
 
+#include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <iterator>
@@ -59,6 +62,7 @@ struct Call {
     int64_t which;
   };
   const Operation* operation;
+  bool leaves;
   std::vector<StableIValue> arguments;
   std::vector<Value> values;
   std::vector<AtenTensorHandle> weights;
@@ -96,10 +100,10 @@ class Chain {
     }
 
     Call call() {
-      const int64_t which = next();
-      if (which < 0 || which >= static_cast<int64_t>(std::size(kOperations)))
-        fail("chain has no operator " + std::to_string(which));
-      Call found{kOperations[which], {}, {}, {}};
+      const int64_t code = next(), which = code / 2;
+      if (code < 0 || which >= static_cast<int64_t>(std::size(kOperations)))
+        fail("chain has no operator " + std::to_string(code));
+      Call found{kOperations[which], code % 2 != 0, {}, {}, {}};
       for (const char* kind = found.operation->kinds; *kind; ++kind) {
         const int64_t item = next();
         const bool tensor = *kind == 'T' || *kind == 'O';
@@ -143,11 +147,52 @@ Handle same_as(const Handle& handle) {
   return Handle(same);
 }
 
+// Memory for results that do not leave the chain. What was let go last is taken first: it is still in
+// the caches.
+class Buffers final : public Memory {
+ public:
+  Tensor result(const Layout& like) override {
+    int64_t bytes = like.dtype == aoti_torch_dtype_uint8()     ? 1
+                    : like.dtype == aoti_torch_dtype_float32() ? 4
+                                                               : 2;
+    for (const int64_t size : like.sizes) bytes *= size;
+    last_ = take(static_cast<size_t>(bytes));
+    return Tensor::over(last_->memory.get(), like);
+  }
+  // The one of the last result.
+  struct Buffer {
+    std::unique_ptr<void, decltype(&std::free)> memory;
+    size_t bytes;
+  };
+  Buffer* last() const { return last_; }
+  void let_go(Buffer* buffer) {
+    if (buffer) free_.push_back(buffer);
+  }
+
+ private:
+  Buffer* take(size_t bytes) {
+    for (size_t i = free_.size(); i-- > 0;) {
+      Buffer* const buffer = free_[i];
+      if (buffer->bytes < bytes) continue;
+      free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(i));
+      return buffer;
+    }
+    bytes = (bytes + 63) / 64 * 64;
+    Buffer& made = all_.emplace_back(Buffer{{std::aligned_alloc(64, bytes), &std::free}, bytes});
+    if (!made.memory && bytes > 0) fail("out of memory: a result could not be allocated");
+    return &made;
+  }
+
+  std::deque<Buffer> all_;
+  std::vector<Buffer*> free_;
+  Buffer* last_ = nullptr;
+};
+
 // The calls of a chain, one after the other.
 class Run {
  public:
-  Run(const Chain& chain, std::vector<Handle> values)
-      : values_(std::move(values)), given_(values_.size()) {
+  Run(const Chain& chain, std::vector<Handle> values) : given_(values.size()) {
+    for (Handle& value : values) values_.push_back({std::move(value), nullptr});
     for (const Call& each : chain.calls()) {
       each.fetch();
       call(each);
@@ -156,39 +201,62 @@ class Run {
   StableIValue results() {
     StableListHandle list = nullptr;
     require(torch_new_list_reserve_size(1, &list), "new_list");
-    for (size_t i = given_; i < values_.size(); ++i)
-      if (values_[i]) require(torch_list_push_back(list, on_stack(values_[i].release())), "push");
+    for (size_t i = given_; i < values_.size(); ++i) {
+      Handle& tensor = values_[i].tensor;
+      if (!tensor) continue;
+      if (values_[i].buffer) fail("chain has a result that leaves it and is not said to");
+      require(torch_list_push_back(list, on_stack(tensor.release())), "push");
+    }
     return on_stack(list);
   }
 
  private:
+  struct Value {
+    Handle tensor;
+    Buffers::Buffer* buffer;  // null: the memory is torch's
+  };
+
   void call(const Call& call) {
     const Operation& operation = *call.operation;
     read_.clear();
     for (const Call::Value& value : call.values) read_.push_back(take(value.which));
     // An operator in place writes over the last value that it reads.
-    Handle over = operation.in_place && !read_.empty() ? same_as(read_.back()) : nullptr;
+    Value result{nullptr, nullptr};
+    if (operation.in_place && !read_.empty()) {
+      result = {same_as(read_.back().tensor), read_.back().buffer};
+      read_.back().buffer = nullptr;
+    }
     stack_ = call.arguments;
     for (size_t i = 0; i < read_.size(); ++i) {
       const size_t argument = call.values[i].argument;
-      const StableIValue own = on_stack(read_[i].release());
+      const StableIValue own = on_stack(read_[i].tensor.release());
       stack_[argument] = operation.kinds[argument] == 'O' ? on_stack(new StableIValue(own)) : own;
     }
-    Arguments arguments(stack_.data(), operation.kinds, true);
-    StableIValue result = 0;
-    operation.run(arguments, &result);
-    if (!operation.in_place) over.reset(reinterpret_cast<AtenTensorHandle>(result));
-    values_.push_back(std::move(over));
+    StableIValue made = 0;
+    {
+      Arguments arguments(stack_.data(), operation.kinds, true, call.leaves ? nullptr : &buffers_);
+      operation.run(arguments, &made);
+    }
+    if (!operation.in_place) {
+      result.tensor.reset(reinterpret_cast<AtenTensorHandle>(made));
+      if (!call.leaves) result.buffer = buffers_.last();
+    }
+    for (const Value& value : read_) buffers_.let_go(value.buffer);
+    values_.push_back(std::move(result));
   }
 
-  Handle take(int64_t item) {
+  // For the last time: with its buffer.
+  Value take(int64_t item) {
     const size_t place = static_cast<size_t>(item) / 2;
-    if (item < 0 || place >= values_.size() || !values_[place])
+    if (item < 0 || place >= values_.size() || !values_[place].tensor)
       fail("chain has no value for argument " + std::to_string(item));
-    return item % 2 ? std::move(values_[place]) : same_as(values_[place]);
+    Value& value = values_[place];
+    if (item % 2) return {std::move(value.tensor), std::exchange(value.buffer, nullptr)};
+    return {same_as(value.tensor), nullptr};
   }
 
-  std::vector<Handle> values_, read_;
+  Buffers buffers_;
+  std::vector<Value> values_, read_;
   std::vector<StableIValue> stack_;
   const size_t given_;
 };

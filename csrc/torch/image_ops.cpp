@@ -85,7 +85,7 @@ void convolution(const Tensor& q, Arguments& arguments, int64_t n, StableIValue*
     blocked.residual_scale = affine.scale, blocked.residual_zero = affine.zero;
   }
   if (kInPlace) require_apart(residual[0], q);
-  Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
+  Tensor y = kInPlace ? std::move(residual[0]) : arguments.result(layout);
   const gossamer_output output{
       y.data, n, planar, floats_of(bias), activation, bytes.empty() ? nullptr : &blocked, nullptr};
   require_gossamer(multiply(input.view, k, output));
@@ -106,7 +106,7 @@ void block(Arguments& arguments, StableIValue* result) {
   }
   const gossamer_input input{x.data,  float_dtype(x), x.sizes[0],  channels * pixels,
                              nullptr, affine.scale,   affine.zero, planar};
-  Tensor q = Tensor::empty(blocked_layout(x.sizes[0], channels, x.sizes[2], x.sizes[3]));
+  Tensor q = arguments.result(blocked_layout(x.sizes[0], channels, x.sizes[2], x.sizes[3]));
   require_gossamer(
       gossamer_block(&input, channels, pixels, static_cast<uint8_t*>(q.data), parallel_for));
   *result = q.release();
@@ -123,9 +123,9 @@ void unblock(Arguments& arguments, StableIValue* result) {
                             aoti_torch_dtype_float16()};
   if (dtype < 0 || dtype > 2) fail("y must be float32, bfloat16 or float16");
   const int64_t height = q.sizes[2], width = q.sizes[3], pixels = height * width;
-  Tensor y = Tensor::empty({{q.sizes[0], channels, height, width},
-                            {channels * pixels, pixels, width, 1},
-                            dtypes[dtype]});
+  Tensor y = arguments.result({{q.sizes[0], channels, height, width},
+                               {channels * pixels, pixels, width, 1},
+                               dtypes[dtype]});
   require_gossamer(gossamer_unblock(&input.view, channels, pixels, y.data,
                                     static_cast<gossamer_dtype>(dtype), parallel_for));
   *result = y.release();
@@ -141,7 +141,7 @@ void max_pool(Arguments& arguments, StableIValue* result) {
     geometry.insert(geometry.end(), more->begin(), more->end());
   geometry.push_back(1);
   const auto pool = [&](const gossamer_input& view, const Layout& layout) {
-    Tensor y = Tensor::empty(layout);
+    Tensor y = arguments.result(layout);
     require_gossamer(gossamer_max_pool(&view, y.data, parallel_for));
     *result = y.release();
   };
@@ -165,7 +165,7 @@ void mean(Arguments& arguments, StableIValue* result) {
   check_channels(q, channels);
   Layout layout{{q.sizes[0], channels}, {channels, 1}, aoti_torch_dtype_float32()};
   if (keepdim) layout = {{q.sizes[0], channels, 1, 1}, {channels, 1, 1, 1}, layout.dtype};
-  Tensor y = Tensor::empty(layout);
+  Tensor y = arguments.result(layout);
   require_gossamer(gossamer_mean(&input.view, channels, q.sizes[2] * q.sizes[3],
                                  static_cast<float*>(y.data), parallel_for));
   *result = y.release();

@@ -48,7 +48,7 @@ void product(const Tensor& x, const std::vector<Tensor>& affine, Arguments& argu
   const Layout layout = result(x, input, n);
   const void* addend = residual_of(residual, layout);
   if (kInPlace) require_apart(residual[0], x);
-  Tensor y = kInPlace ? std::move(residual[0]) : Tensor::empty(layout);
+  Tensor y = kInPlace ? std::move(residual[0]) : arguments.result(layout);
   const gossamer_output output{y.data,     n,       input.planar, floats_of(bias),
                                activation, nullptr, addend};
   require_gossamer(multiply(input.view, k, output));

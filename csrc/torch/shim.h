@@ -34,6 +34,7 @@ SHIM(AOTITorchError, aoti_torch_get_strides, (AtenTensorHandle tensor, int64_t**
 SHIM(AOTITorchError, aoti_torch_get_dtype, (AtenTensorHandle tensor, int32_t* dtype));
 SHIM(AOTITorchError, aoti_torch_get_device_type, (AtenTensorHandle tensor, int32_t* type));
 SHIM(AOTITorchError, aoti_torch_empty_strided, (int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* tensor));
+SHIM(AOTITorchError, aoti_torch_create_tensor_from_blob, (void* data, int64_t dim, const int64_t* sizes, const int64_t* strides, int64_t offset, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* tensor));
 SHIM(AOTITorchError, aoti_torch_delete_tensor_object, (AtenTensorHandle tensor));
 SHIM(AOTITorchError, aoti_torch_new_tensor_handle, (AtenTensorHandle tensor, AtenTensorHandle* same));
 SHIM(AOTITorchError, torch_new_list_reserve_size, (size_t size, StableListHandle* list));

@@ -51,6 +51,15 @@ class Tensor {
             "empty_strided");
     return Tensor(handle);
   }
+  // In memory that outlives it.
+  static Tensor over(void* memory, const Layout& like) {
+    AtenTensorHandle handle = nullptr;
+    require(aoti_torch_create_tensor_from_blob(
+                memory, static_cast<int64_t>(like.sizes.size()), like.sizes.data(),
+                like.strides.data(), 0, like.dtype, aoti_torch_device_type_cpu(), 0, &handle),
+            "create_tensor_from_blob");
+    return Tensor(handle);
+  }
   Tensor(Tensor&& other) noexcept { *this = static_cast<Tensor&&>(other); }
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
@@ -105,17 +114,27 @@ struct DeleteTensor {
 };
 using Handle = std::unique_ptr<AtenTensorOpaque, DeleteTensor>;
 
+// Memory for results, as a caller has it.
+class Memory {
+ public:
+  virtual Tensor result(const Layout& like) = 0;
+
+ protected:
+  ~Memory() = default;
+};
+
 // Reads the arguments of one call off torch's stack, in order. What it takes its caller owns; what
 // is left when a check fails is freed, by its kind: T tensor, O optional tensor, W weight, V optional
 // weight, I integer, L list, P optional list, H list of tensors.
 //
-// lent: weights and lists stay with who keeps them for many calls, and lists are vectors.
+// lent: weights and lists stay with who keeps them for many calls, and lists are vectors. memory: for
+// the result, if it is not to be torch's.
 class Arguments {
  public:
   using List = std::vector<int64_t>;
 
-  Arguments(StableIValue* stack, const char* kinds, bool lent = false)
-      : next_(stack), kinds_(kinds), lent_(lent) {}
+  Arguments(StableIValue* stack, const char* kinds, bool lent = false, Memory* memory = nullptr)
+      : next_(stack), kinds_(kinds), lent_(lent), memory_(memory) {}
   Arguments(const Arguments&) = delete;
   ~Arguments() {
     while (*kinds_) {
@@ -139,6 +158,9 @@ class Arguments {
   int64_t integer() {
     ++kinds_;
     return static_cast<int64_t>(*next_++);
+  }
+  Tensor result(const Layout& like) const {
+    return memory_ ? memory_->result(like) : Tensor::empty(like);
   }
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   Tensor weight(const char* name, int32_t dtype, int64_t count) {
@@ -214,6 +236,7 @@ class Arguments {
   StableIValue* next_;
   const char* kinds_;
   const bool lent_;
+  Memory* const memory_;
 };
 
 }  // namespace gossamer

@@ -41,6 +41,11 @@ class _Link(NamedTuple):
     residual: int
     reuse: bool
     over: bool  # reuse, of a residual that the chain was not given
+    leaves: bool  # the chain, itself or written over
+
+    def code(self, operator: str) -> int:
+        """How the calls name the operator of this link."""
+        return 2 * _OPERATORS.index(operator) + self.leaves
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Chain:
     def _links(self) -> Iterator[_Link]:
         places = {node: place for place, node in enumerate([*self.inputs, *self.nodes])}
         unread = {node for node in places if not set(node.users) - set(self.nodes)}
+        leaving = set(self.outputs)
         found = []
         for node in reversed(self.nodes):
             x, residual, reuse = (*node.args, None, None)[:3]
@@ -96,7 +102,10 @@ class Chain:
                     codes[i] = 2 * places[value] + (value in unread)
                     unread.discard(value)
             over = bool(reuse) and codes[1] >= 2 * len(self.inputs)
-            found.append(_Link(str(node.target), codes[0], codes[1], bool(reuse), over))
+            if over and isinstance(residual, fx.Node) and node in leaving:
+                leaving.add(residual)
+            leaves = node in leaving
+            found.append(_Link(str(node.target), codes[0], codes[1], bool(reuse), over, leaves))
         return reversed(found)
 
     def __call__(self, root: nn.Module, *inputs: Any) -> list[Any]:
@@ -173,7 +182,7 @@ def _add_image(plan: _Plan, image: ImageConv2d, link: _Link, planar: int) -> Non
     layer, packed = image.layer, image.layer.packed
     names = (*packed.BUFFERS, "x_affine")
     plan.state(image._modules, "layer", layer)
-    plan.calls += [_OPERATORS.index(_stem(packed) + "_" * link.over), link.x]
+    plan.calls += [link.code(_stem(packed) + "_" * link.over), link.x]
     plan.calls += [_NEXT] * len(names)
     _read(plan, packed._buffers, *names)
     bias = _optional(plan, layer._buffers, "bias")
@@ -192,7 +201,7 @@ def _stem(packed: Any) -> str:
 def _add_floats(plan: _Plan, layer: Conv2d, link: _Link, planar: int) -> None:
     """`ops.spmm`."""
     packed: Any = layer.packed
-    plan.calls += [_OPERATORS.index(packed.kernel + "_" * link.over), link.x]
+    plan.calls += [link.code(packed.kernel + "_" * link.over), link.x]
     plan.calls += [_NEXT] * len(packed.BUFFERS)
     _read(plan, packed._buffers, *packed.BUFFERS)
     plan.calls += [packed.n, link.residual, _optional(plan, layer._buffers, "bias")]
@@ -209,7 +218,7 @@ def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
     """`ops.max_pool`."""
     pool = module.pool
     plan.state(vars(module), "pool", pool)
-    plan.calls += [_OPERATORS.index("max_pool"), link.x]
+    plan.calls += [link.code("max_pool"), link.x]
     for sizes in pool.geometry(0, 0):  # not of ceil_mode, which counts what there is
         plan.calls += [len(sizes), *sizes]
 
@@ -219,13 +228,13 @@ def _add_mean(plan: _Plan, mean: ImageMean, link: _Link, planar: int) -> None:
     for name in ("channels", "keepdim"):
         plan.state(vars(mean), name, getattr(mean, name))
     _read(plan, mean._buffers, "affine")
-    plan.calls += [_OPERATORS.index("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
+    plan.calls += [link.code("mean"), link.x, _NEXT, mean.channels, int(mean.keepdim)]
 
 
 def _add_to_int8(plan: _Plan, module: ToInt8, link: _Link, planar: int) -> None:
     """`ops.block`."""
     _read(plan, module._buffers, "affine")
-    plan.calls += [_OPERATORS.index("block"), link.x, _NEXT]
+    plan.calls += [link.code("block"), link.x, _NEXT]
 
 
 def _add_to_float(plan: _Plan, module: ToFloat, link: _Link, planar: int) -> None:
@@ -233,7 +242,7 @@ def _add_to_float(plan: _Plan, module: ToFloat, link: _Link, planar: int) -> Non
     for name in ("channels", "dtype"):
         plan.state(vars(module), name, getattr(module, name))
     _read(plan, module._buffers, "affine")
-    plan.calls += [_OPERATORS.index("unblock"), link.x, _NEXT]
+    plan.calls += [link.code("unblock"), link.x, _NEXT]
     plan.calls += [module.channels, FLOATS.index(module.dtype)]
 
 
@@ -242,7 +251,7 @@ def _add_linear(plan: _Plan, layer: Linear, link: _Link, planar: int) -> None:
     packed: Any = layer.packed
     plan.state(layer._modules, "packed", packed)
     plan.state(vars(layer), "_activation", layer._activation)
-    plan.calls += [_OPERATORS.index(packed.kernel), link.x, *[_NEXT] * len(packed.BUFFERS)]
+    plan.calls += [link.code(packed.kernel), link.x, *[_NEXT] * len(packed.BUFFERS)]
     _read(plan, packed._buffers, *packed.BUFFERS)
     plan.calls.append(_optional(plan, packed._buffers, "x_affine"))
     plan.calls.append(_optional(plan, layer._buffers, "bias"))
