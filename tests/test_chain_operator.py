@@ -39,6 +39,14 @@ def test_refusals_of_the_operator() -> None:
     assert torch.equal(x, y) and x.data_ptr() != y.data_ptr()
 
 
+def test_what_is_read_later_is_not_written_over() -> None:
+    weight = torch.zeros(1)
+    for operator, count in ((6, 4), (10, 7)):  # conv_int8_, conv_spmm_int8_
+        call = [operator, 0, *[-2] * count, -1, -1, 2, -1, 4, 0, 0]
+        with pytest.raises(RuntimeError, match="writes over a value that is read later"):
+            ops.chain_keep([weight] * count, call)
+
+
 def called(x: Tensor, weight: Tensor, calls: list[int]) -> list[Tensor]:
     number = ops.chain_keep([weight], calls)
     try:

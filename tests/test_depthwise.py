@@ -142,6 +142,14 @@ def test_the_operators_of_gpus_have_the_same_bits(case: ImageCase) -> None:
         near = older.conv_int8(q, *more, None, None, None, packed.k, place, conv)
         torch.testing.assert_close(near, floats, rtol=1e-4, atol=1e-4)
         assert same_bits(twins.gemm_int8(x, weight, *head, place, conv), floats)
+    for tail, message in (
+        ((None, residual, R_AFFINE), "for results in bytes: it needs y_affine"),
+        ((Y_AFFINE, residual, None), "needs its residual_affine"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            twins.conv_int8(q, weight, *head, *tail, 0, conv)
+        with pytest.raises(RuntimeError, match=message):
+            older.conv_int8(q, *more, *tail, packed.k, 0, conv)
     ill = x.clone()
     ill[0, n - 1, 0, 0] = torch.nan
     y = twins.gemm_int8(ill, weight, *head, 0, conv)

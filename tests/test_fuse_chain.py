@@ -316,6 +316,13 @@ def test_tensors_that_are_given_other_memory() -> None:
 
 
 @EVERY_FORMAT
+def test_no_images(format: str, calls: list[int]) -> None:
+    x = images(1, 32)
+    fused = fused_net(ResNet(), format, x)
+    assert run(fused, x[:0]).shape == (0, *run(fused, x).shape[1:]) and calls
+
+
+@EVERY_FORMAT
 def test_threads_of_a_server_share_a_network(format: str) -> None:
     x = images(1, 32)
     fused = fused_net(ResNet(), format, x)

@@ -111,6 +111,8 @@ class Chain {
           found.values.push_back({found.arguments.size(), item});
         found.arguments.push_back(tensor ? 0 : lent(*kind, item, found));
       }
+      if (found.operation->in_place && found.values.back().which % 2 == 0)
+        fail("chain writes over a value that is read later");
       return found;
     }
 
@@ -222,10 +224,8 @@ class Run {
     for (const Call::Value& value : call.values) read_.push_back(take(value.which));
     // An operator in place writes over the last value that it reads.
     Value result{nullptr, nullptr};
-    if (operation.in_place && !read_.empty()) {
-      result = {same_as(read_.back().tensor), read_.back().buffer};
-      read_.back().buffer = nullptr;
-    }
+    if (operation.in_place)
+      result = {same_as(read_.back().tensor), std::exchange(read_.back().buffer, nullptr)};
     stack_ = call.arguments;
     for (size_t i = 0; i < read_.size(); ++i) {
       const size_t argument = call.values[i].argument;

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .epilogue import activate, finish
-from .operands import Result, Rows, image_rows, launch, result_of
+from .operands import Result, Rows, check_addend, image_rows, launch, result_of
 from .quantize_rows import SIGNED, bytes_of
 
 FLIP = tl.constexpr(-0x7F7F7F80)  # 0x80808080: four bytes less 128 each
@@ -104,9 +104,8 @@ def image_result(
 
     RuntimeError for a residual that does not fit.
     """
+    check_addend(y_affine, residual, residual_affine)
     if y_affine is None:
-        if residual is not None:
-            raise RuntimeError("a residual is for results in bytes: it needs y_affine")
         return result_of(q, n, rows, conv, torch.float32)
     height, width = rows.plane // max(rows.width, 1), rows.width
     y = torch.empty((q.shape[0], -(-n // 4), height, width), dtype=torch.int32, device=q.device)
@@ -116,8 +115,6 @@ def image_result(
             raise RuntimeError(
                 f"residual of shape {tuple(residual.shape)} must have that of y, {(*y.shape, 4)}"
             )
-        if residual_affine is None:
-            raise RuntimeError("a residual needs its residual_affine")
     return Result(y, y.shape[1] * rows.plane, 1, rows.plane)
 
 

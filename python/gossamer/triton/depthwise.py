@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer import reference
 from gossamer.ops import ACTIVATIONS
 
-from .operands import laid_out
+from .operands import check_addend, laid_out
 
 
 def is_depthwise(k: int, conv: list[int]) -> bool:
@@ -78,6 +78,7 @@ def conv_int8(
     """Of a blocked image, to another, or without y_affine to floats."""
     n = len(scale)
     image = q.movedim(-1, 2).flatten(1, 2)[:, :n]
+    check_addend(y_affine, residual, residual_affine)
     y = _dequantized(image, weight, scale, x_affine, bias, conv)
     if residual is not None and residual_affine is not None:
         y = y + reference.unblock(residual, residual_affine, n)

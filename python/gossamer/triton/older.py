@@ -17,7 +17,7 @@ from gossamer.packed.int4 import VALUES
 
 from .depthwise import is_depthwise
 from .gemm_int8 import by_rows
-from .operands import laid_out
+from .operands import check_addend, laid_out
 from .unblock import DTYPES as FLOATS
 
 INT4_VALUES = VALUES.tolist()
@@ -185,6 +185,7 @@ def _image_product(
     residual_affine: Tensor | None,
 ) -> Tensor:
     """A blocked image to another, by way of floats; to these without y_affine."""
+    check_addend(y_affine, residual, residual_affine)
     x = reference.unblock(q, x_affine, 4 * q.shape[1])
     y = _product(x, weight, bias, 0, conv)
     if residual is not None and residual_affine is not None:

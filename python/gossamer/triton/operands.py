@@ -199,3 +199,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     if isinstance(kernel, triton.runtime.KernelInterface):
         meta["enable_fp_fusion"] = False
     kernel[grid](*arguments, **meta)
+
+
+def check_addend(
+    y_affine: Tensor | None, residual: Tensor | None, residual_affine: Tensor | None
+) -> None:
+    """RuntimeError for a residual of a result in floats, or one without its numbers."""
+    if residual is None:
+        return
+    if y_affine is None:
+        raise RuntimeError("a residual is for results in bytes: it needs y_affine")
+    if residual_affine is None:
+        raise RuntimeError("a residual needs its residual_affine")
