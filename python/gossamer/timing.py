@@ -72,11 +72,12 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def interleave(calls: Sequence[Call], rounds: int, warm: bool = False) -> list[list[float]]:
+def interleave(calls: Sequence[Call], rounds: int, warm: float = 0.0) -> list[list[float]]:
     """Milliseconds of each call in each round, after one unmeasured round; -> [call][round].
 
-    With `warm`, each call runs once more right before it is timed: the cache holds what it uses, as
-    where nothing else runs, and not what the others left.
+    With `warm`, each call runs for so many seconds, once at least, right before it is timed: as
+    where nothing else runs, the cache holds what it uses, not what the others left, and its threads
+    have cores of their own (Linux may wake one on its waker's, and move it 10 ms later).
     """
     for call in calls:
         call()
@@ -85,8 +86,11 @@ def interleave(calls: Sequence[Call], rounds: int, warm: bool = False) -> list[l
         # Every other round runs backwards: who runs second finds the other one's data in cache.
         order = list(enumerate(calls))[:: -1 if index % 2 else 1]
         for which, call in order:
-            if warm:
+            until = time.perf_counter() + warm
+            while warm:
                 call()
+                if time.perf_counter() >= until:
+                    break
             start = time.perf_counter()
             call()
             times[which].append((time.perf_counter() - start) * 1e3)
