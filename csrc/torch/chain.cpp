@@ -1,6 +1,7 @@
-// chain.cpp: several calls of operators as one. Between two kernels of a network lie 20 to 30 us of an
+// chain.cpp: several calls of operators as one. Between two kernels of a network lie 30 to 40 us of an
 // interpreter and a dispatcher, whose code and data the kernels have pushed out of the caches. A chain
-// is kept with the weights that it reads, which need not pass the interpreter each time.
+// is kept with the weights that it reads, which need not pass the interpreter each time (ResNet-50 in
+// 1x4 blocks, 56 layers, avx512vnni: 8.6 ms one by one, 6.6 so).
 //
 //   calls   for each call 2 * o, o the place of its operator in kOperations, or 2 * o + 1 if its result
 //           leaves the chain, itself or written over; and then for each argument, by kind:
