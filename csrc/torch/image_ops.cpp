@@ -192,18 +192,12 @@ template void conv_int8<true>(Arguments&, StableIValue*);
 template <bool kInPlace>
 void conv_spmm_int8(Arguments& arguments, StableIValue* result) {
   const Tensor q = arguments.tensor();
-  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
-  const Index index(arguments, values.numel() / 4);
-  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
-  const int64_t n = scale.numel();
-  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
-  convolution<kInPlace>(
-      q, arguments, n, result, [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
-                                     static_cast<const float*>(scale.data),
-                                     static_cast<const int32_t*>(wsum.data)};
-        return gossamer_conv_spmm_int8(&x, &w, &y, parallel_for);
-      });
+  const SparseInt8 weight(arguments);
+  convolution<kInPlace>(q, arguments, weight.n, result,
+                        [&](const gossamer_input& x, int64_t k, const gossamer_output& y) {
+                          const gossamer_sparse_int8 w = weight.view(k);
+                          return gossamer_conv_spmm_int8(&x, &w, &y, parallel_for);
+                        });
 }
 template void conv_spmm_int8<false>(Arguments&, StableIValue*);
 template void conv_spmm_int8<true>(Arguments&, StableIValue*);

@@ -204,4 +204,25 @@ struct Index {
   }
 };
 
+// 1x4 blocks: values, their index, scale, wsum.
+struct SparseInt8 {
+  Tensor values;
+  Index index;
+  Tensor scale;
+  int64_t n;
+  Tensor wsum;
+
+  explicit SparseInt8(Arguments& arguments)
+      : values(arguments.weight("values", aoti_torch_dtype_int8(), -1)),
+        index(arguments, values.numel() / 4),
+        scale(arguments.weight("scale", aoti_torch_dtype_float32(), -1)),
+        n(scale.numel()),
+        wsum(arguments.weight("wsum", aoti_torch_dtype_int32(), n)) {}
+
+  gossamer_sparse_int8 view(int64_t k) const {
+    return {index.view(n, k, 4), static_cast<const int8_t*>(values.data),
+            static_cast<const float*>(scale.data), static_cast<const int32_t*>(wsum.data)};
+  }
+};
+
 }  // namespace gossamer

@@ -172,18 +172,12 @@ void gemm_int8(Arguments& arguments, StableIValue* result) { gemm<true>(argument
 // (x, values, columns, rows, cells, scale, wsum, x_affine, bias, k, activation, conv)
 void spmm_int8(Arguments& arguments, StableIValue* result) {
   const Tensor x = arguments.tensor();
-  const Tensor values = arguments.weight("values", aoti_torch_dtype_int8(), -1);
-  const Index index(arguments, values.numel() / 4);
-  const Tensor scale = arguments.weight("scale", aoti_torch_dtype_float32(), -1);
-  const int64_t n = scale.numel();
-  const Tensor wsum = arguments.weight("wsum", aoti_torch_dtype_int32(), n);
+  const SparseInt8 weight(arguments);
   const std::vector<Tensor> affine = arguments.optional_weight("x_affine", 2);
   product(
-      x, affine, arguments, n, result,
+      x, affine, arguments, weight.n, result,
       [&](const gossamer_input& input, int64_t k, const gossamer_output& y) {
-        const gossamer_sparse_int8 w{index.view(n, k, 4), static_cast<const int8_t*>(values.data),
-                                     static_cast<const float*>(scale.data),
-                                     static_cast<const int32_t*>(wsum.data)};
+        const gossamer_sparse_int8 w = weight.view(k);
         return gossamer_spmm_int8(&input, &w, &y, parallel_for);
       },
       true);

@@ -8,6 +8,7 @@ place is this, where nothing can see the difference.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -54,12 +55,12 @@ class _Plan:
 
     calls: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
-    facts: dict[int, list[Any]] = field(default_factory=dict)  # see _C.holds; by the dict's id
+    facts: dict[int, tuple[Any, dict[str, Any]]] = field(default_factory=dict)  # by the dict's id
     hooks: list[Any] = field(default_factory=list)
 
     def state(self, mapping: Any, name: str, value: Any) -> None:
         """The plan is for what stands under that name in a dict, None if nothing does."""
-        self.facts.setdefault(id(mapping), [mapping]).extend((name, value))
+        self.facts.setdefault(id(mapping), (mapping, {}))[1][name] = value
 
 
 class _Kept:
@@ -67,7 +68,11 @@ class _Kept:
 
     def __init__(self, plan: _Plan) -> None:
         self.number: int = ops.chain_keep(plan.weights, plan.calls)
-        self._facts, self._hooks = [tuple(fact) for fact in plan.facts.values()], plan.hooks
+        self._hooks = plan.hooks
+        self._facts = [
+            (mapping, *itertools.chain.from_iterable(found.items()))
+            for mapping, found in plan.facts.values()
+        ]
         weakref.finalize(self, ops.chain_drop, self.number).atexit = False
 
     def holds(self) -> bool:
@@ -160,14 +165,12 @@ def _planar(inputs: Sequence[Tensor]) -> int | None:
 
 
 def _planned(root: nn.Module, links: Sequence[_Link], planar: int, kind: str) -> _Plan | None:
-    plan, known = _Plan(), set()
+    plan = _Plan()
     for link in links:
         module: Any = root
         for name in link.target.split("."):
             parent, module = module._modules, getattr(module, name)
-            if (id(parent), name) not in known:
-                plan.state(parent, name, module)
-                known.add((id(parent), name))
+            plan.state(parent, name, module)
         hooks = (module._forward_hooks, module._forward_pre_hooks)
         if _kind(module) != kind or any(hooks) or "forward" in vars(module):
             return None
@@ -189,7 +192,7 @@ def _add_image(plan: _Plan, image: ImageConv2d, link: _Link, planar: int) -> Non
     y_affine = _optional(plan, image._buffers, "y_affine")
     affine = _optional(plan, image._buffers, "residual_affine")
     plan.calls += [bias, y_affine, link.residual, affine]
-    _add_tail(plan, layer, planar)
+    _add_tail(plan, layer, *layer._conv, planar)
 
 
 def _stem(packed: Any) -> str:
@@ -205,13 +208,13 @@ def _add_floats(plan: _Plan, layer: Conv2d, link: _Link, planar: int) -> None:
     plan.calls += [_NEXT] * len(packed.BUFFERS)
     _read(plan, packed._buffers, *packed.BUFFERS)
     plan.calls += [packed.n, link.residual, _optional(plan, layer._buffers, "bias")]
-    _add_tail(plan, layer, planar)
+    _add_tail(plan, layer, *layer._conv, planar)
 
 
-def _add_tail(plan: _Plan, layer: Any, planar: int) -> None:
+def _add_tail(plan: _Plan, layer: Any, *conv: int) -> None:
     plan.state(layer._modules, "packed", layer.packed)
     plan.state(vars(layer), "_activation", layer._activation)
-    plan.calls += [layer.packed.k, layer._activation, len(layer._conv) + 1, *layer._conv, planar]
+    plan.calls += [layer.packed.k, layer._activation, len(conv) or _NOTHING, *conv]
 
 
 def _add_pool(plan: _Plan, module: Any, link: _Link, planar: int) -> None:
@@ -249,13 +252,11 @@ def _add_to_float(plan: _Plan, module: ToFloat, link: _Link, planar: int) -> Non
 def _add_linear(plan: _Plan, layer: Linear, link: _Link, planar: int) -> None:
     """`ops.gemm_int8` or `ops.spmm_int8`."""
     packed: Any = layer.packed
-    plan.state(layer._modules, "packed", packed)
-    plan.state(vars(layer), "_activation", layer._activation)
     plan.calls += [link.code(packed.kernel), link.x, *[_NEXT] * len(packed.BUFFERS)]
     _read(plan, packed._buffers, *packed.BUFFERS)
     plan.calls.append(_optional(plan, packed._buffers, "x_affine"))
     plan.calls.append(_optional(plan, layer._buffers, "bias"))
-    plan.calls += [packed.k, layer._activation, _NOTHING]
+    _add_tail(plan, layer)
 
 
 def _read(plan: _Plan, buffers: Any, *names: str) -> None:
