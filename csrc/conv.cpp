@@ -43,7 +43,8 @@ class Images {
               given(x_),
               tile.rows,
               tile.again,
-              tile.cold};
+              tile.cold,
+              tile.more};
     }
     auto* range = reinterpret_cast<Affine*>(arena.take(sizeof(Affine)));
     auto* q = reinterpret_cast<uint8_t*>(arena.take(image_bytes));
@@ -52,7 +53,7 @@ class Images {
                              plane_};
       *range = active_kernels()->block(image, given(x_), {0, plane_}, q);
     }
-    return {q, c, *range, tile.rows, tile.again, tile.cold};
+    return {q, c, *range, tile.rows, tile.again, tile.cold, tile.more};
   }
 
  private:

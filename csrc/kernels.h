@@ -40,6 +40,7 @@ struct FloatTile {
   const gossamer_conv* conv = nullptr;
   int64_t first = 0;
   bool planar = false;
+  bool cold = false, more = false;  // see Tile
 };
 
 // x ~ (q - zero) * scale; to a kernel, a scale of 0 means: of each row's own range.
@@ -68,6 +69,7 @@ struct ImageTile {
   Range pixels;
   bool gathered = false;  // scratch holds their panel
   bool cold = false;      // the weights come from memory
+  bool more = false;      // see Tile
 };
 
 // Where they go, in the image that to.y points to: blocked; planar, to.stride is a plane's pixels;

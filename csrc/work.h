@@ -57,6 +57,7 @@ struct Tile {
   bool fresh = true;  // of another image than this thread's tile before: scratch has nothing of use
   bool again = false;  // the rows of this thread's tile before: what was made of them is in scratch
   bool cold = true;    // the rows of its first tile: it has read none of these weights yet
+  bool more = false;   // the tile behind it is this thread's too
   int64_t count() const { return rows.end - rows.begin; }
 };
 
@@ -181,15 +182,16 @@ class Run {
   }
 
  private:
-  // The tiles that a thread met.
+  // The items of a thread, and the tiles that it met.
   struct Met {
+    Range own;
     int64_t first = -1, last = -1;
   };
 
   // What one thread does.
   void part(int64_t from, int64_t to) {
-    Met met;
     const Range items{costs_.item(from), costs_.item(to)};
+    Met met{items};
     // Alone, there is nobody to share with.
     const int64_t own = to - from == costs_.cost() ? kShares : opened_++;
     if (own >= kShares) {
@@ -216,6 +218,7 @@ class Run {
       tile.again = t == met.last;
       tile.fresh = met.last < 0 || tile.image != tile_at(work_, met.last).image;
       tile.cold = t == met.first;
+      tile.more = t * units >= met.own.begin && (t + 1) * units < met.own.end;
       if (!body_(tile)) failed_ = true;
       met.last = t;
       items.begin += end - first;

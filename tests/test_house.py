@@ -49,7 +49,7 @@ INCLUDES = {
     "csrc/simd": {*PLAIN_C, "<immintrin.h>", "<arm_neon.h>", '"layout.h"', '"simd/quad.h"'},
     "csrc/kernels": {
         *(*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"quantize.h"', '"lanes.h"', '"pixels.h"'),
-        *('"planes.h"', '"depthwise.h"', "GOSSAMER_SIMD"),
+        *('"blocks.h"', '"planes.h"', '"plane_writer.h"', '"depthwise.h"', "GOSSAMER_SIMD"),
     },
     "csrc/include": {"<stdint.h>"},
     "csrc/torch": {

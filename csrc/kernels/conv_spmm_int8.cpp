@@ -18,7 +18,7 @@
 // Tails: pixels past the last are computed and not written.
 // Numerics: exact in int32 for k <= 65536.
 
-#include "pixels.h"
+#include "blocks.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
@@ -45,6 +45,11 @@ void write_words(const int32_t* bytes, int64_t outputs, int64_t plane, int last,
 // registers to bytes, and these wait in L1 for the other three of their words. Without it the sums
 // are zeroed, added to and read again: 64-byte lines in L2, for the one or two entries that a 1x1
 // layer of 64 channels has at 90 %.
+//
+// Outputs come in the order of their entries, which no hardware foresees: the residual, or else y, is
+// fetched kAhead of them before it is met (ResNet-50's layers, batch 1 and 16: 0.92 of the time on avx2,
+// 0.86 and 0.78 on avx512vnni).
+constexpr int64_t kAhead = 8;
 template <int V, bool kResidual, Clamp kClamp>
 void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
                const ImageDestination& to, const int32_t* panel, int32_t* bytes) {
@@ -57,7 +62,9 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
   // The word of output `begin` at the first pixel; the last vector may have fewer pixels.
   const int64_t first = begin / 4 * plane + x.pixels.begin;
   const int last = lanes_left(x.pixels.end - x.pixels.begin, (V - 1) * kLanes);
+  auto* y = static_cast<int32_t*>(to.to.y) + first;
   const auto* residual = reinterpret_cast<const int32_t*>(to.blocked->residual) + first;
+  const int32_t* touched = kResidual ? residual : y;
 
   const auto finish = [=](int64_t output, const Output& floats, const I32(&sum)[V]) {
     I32 byte[4 * kFours];
@@ -87,11 +94,12 @@ void one_block(const ImageTile& x, const gossamer_sparse_int8& w, int64_t chunk,
   const int8_t* values = w.values + c.entry * 4;
   const uint8_t* columns = w.index.columns + c.entry;
   for (int64_t r = 0; r < c.count; ++r) {
+    if (r + kAhead < c.count) fetch(touched + c.rows[2 * (r + kAhead)] / 4 * plane, V * kLanes);
     one(c.rows[2 * r],
         [&](I32(&sum)[V]) { multiply_row(panel, c.rows[2 * r + 1], values, columns, sum); });
   }
   each_empty(c, outputs, [&](int64_t output) { one(output, [](I32(&)[V]) {}); });
-  write_words<V>(bytes, outputs, plane, last, static_cast<int32_t*>(to.to.y) + first);
+  write_words<V>(bytes, outputs, plane, last, y);
 }
 
 }  // namespace

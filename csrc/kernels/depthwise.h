@@ -18,7 +18,7 @@
 // Numerics: exact in int32.
 #pragma once
 
-#include "pixels.h"
+#include "blocks.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {

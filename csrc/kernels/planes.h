@@ -1,5 +1,5 @@
 // planes.h: the rows of a convolution's product are output pixels. They go from the images into the
-// lanes of a panel [column][T] as they lie, and from the sums of a chunk into y.
+// lanes of a panel [column][T] as they lie, and (plane_writer.h) from the sums of a chunk into y.
 //
 //   images  (images, channels, height, width) if planar, else (images, height, width, channels)
 //   column  (tap row, tap column, channel up to 4)
@@ -15,18 +15,23 @@
 // pixels x channels are transposed.
 //
 // A tile fetches the lines that the next one reads and writes: in planes of 56 x 56 they lie 12 KB apart,
-// where the hardware does not follow (ResNet-50 at 90 % zeros: 3 % less time, on AVX2 6).
+// where the hardware does not follow (ResNet-50 at 90 % zeros: 3 % less time, on AVX2 6). Unless that
+// one is another thread's: where two cores do not share an L3, a line that both touch costs 0.2 us,
+// and a layer of 256 -> 1024 channels at 14 x 14 took longer on two threads than on one. A plane that
+// is a tile fetches the planes behind it. With a stride, a line serves few lanes of a panel: there
+// what is read is fetched planes ahead (layers with stride 2: 0.75 to 0.9 of the time).
 //
 // Rejected: padded copies of the images, in which a tap is an offset. They are copied once and not
 // once a tap, but what the inner loop then reads is not aligned: two lines of L1 a vector.
 #pragma once
 
-#include <math.h>
-
 #include "lanes.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {
+
+// Of 4, 12, 24 and 40 the one that is best, or nearly so, on AVX2 and AVX-512.
+constexpr int64_t kPlanesAhead = 40;
 
 // Neighbouring pixels of one row of the output, and the lanes that they have.
 struct Segment {
@@ -40,6 +45,7 @@ class Pixels {
   Pixels(const FloatTile& x, int64_t lanes)
       : conv_(*x.conv), rows_(x.rows), lanes_(lanes), planar_(x.planar) {
     const int64_t plane = conv_.out_h * conv_.out_w;
+    fetches_ = x.more || x.rows >= plane;
     Segment s{0, 0, x.first / plane, x.first % plane / conv_.out_w, x.first % conv_.out_w};
     for (; s.lane < x.rows; s.lane += s.count, s.x = 0) {
       s.count = conv_.out_w - s.x < x.rows - s.lane ? conv_.out_w - s.x : x.rows - s.lane;
@@ -146,29 +152,39 @@ class Pixels {
     pieces.zeros(lanes_);
     images += channels.begin * plane;
     const int64_t count = channels.end - channels.begin;
-    const bool last = i == conv_.kernel_h - 1 && j == conv_.kernel_w - 1;
+    const bool fetch = fetches_ && i == conv_.kernel_h - 1 && j == conv_.kernel_w - 1;
     if (stride == 1 && pieces.count * kLanes == lanes_)
       return by_vectors(lanes_, [&](auto n) {
         constexpr int N = decltype(n)::value;
-        last ? copy_vectors<N, true>(images, plane, pieces, count, panel)
-             : copy_vectors<N, false>(images, plane, pieces, count, panel);
+        fetch ? copy_vectors<N, true>(images, plane, pieces, count, panel)
+              : copy_vectors<N, false>(images, plane, pieces, count, panel);
       });
     // What a store writes behind its line belongs to what is written next.
-    for (int64_t c = 0; c < count; ++c, images += plane, panel += lanes_) {
-      for (int64_t p = 0; p < pieces.count; ++p) {
-        const Piece& piece = pieces.list[p];
-        const T* from = images + piece.offset;
-        store(panel + piece.lane, stride == 1 ? load_inside(from, load(piece.inside))
-                                  : stride == 2
-                                      ? load_every_other(from, static_cast<int>(piece.count))
-                                      : load_apart(from, stride, piece.count));
-      }
+    const auto each = [&](auto load_piece) {
+      for (int64_t c = 0; c < count; ++c, images += plane, panel += lanes_)
+        for (int64_t p = 0; p < pieces.count; ++p) {
+          const Piece& piece = pieces.list[p];
+          store(panel + piece.lane, load_piece(images + piece.offset, piece));
+        }
+    };
+    if (stride == 1)
+      return each([](const T* from, const Piece& p) { return load_inside(from, load(p.inside)); });
+    const int64_t ahead = j == 0 ? kPlanesAhead * plane : 0;
+    if (stride == 2) {
+      return each([=](const T* from, const Piece& p) {
+        prefetch(from + ahead);
+        return load_every_other(from, static_cast<int>(p.count));
+      });
     }
+    each([=](const T* from, const Piece& p) {
+      prefetch(from + ahead);
+      return load_apart(from, stride, p.count);
+    });
   }
 
-  // One piece a vector: no load or store depends on where a row ends. kLast: under the last tap, which
-  // is the first to meet what follows.
-  template <int N, bool kLast, typename T>
+  // One piece a vector: no load or store depends on where a row ends. kFetch: what the next tile reads,
+  // under the last tap, which is the first to meet it.
+  template <int N, bool kFetch, typename T>
   static void copy_vectors(const T* images, int64_t plane, const Pieces& pieces, int64_t channels,
                            float* panel) {
     const T* from[N];
@@ -180,7 +196,7 @@ class Pixels {
     for (int64_t c = 0; c < channels; ++c, panel += N * kLanes)
       for (int v = 0; v < N; ++v) {
         store(panel + v * kLanes, load_inside(from[v] + c * plane, inside[v]));
-        if (kLast && v * kLanes % 16 == 0) prefetch(from[v] + c * plane + N * kLanes);
+        if (kFetch && v * kLanes % 16 == 0) prefetch(from[v] + c * plane + N * kLanes);
       }
   }
 
@@ -218,76 +234,9 @@ class Pixels {
 
   const gossamer_conv& conv_;
   int64_t rows_, lanes_, count_ = 0;
-  bool planar_;
+  bool planar_, fetches_;
   Segment segments_[kMaxLanes];
 };
-
-// The planes of y under a tile whose pixels are of one image: what an output's sums become, straight
-// from registers. ReLU is a bound; -Inf is none.
-template <int V>
-struct PlaneWriter {
-  float* y;
-  const float *residual, *bias, *touched;
-  int64_t plane;
-  int last;  // pixels in the last vector
-  F32 lower;
-  F32 ill[V];
-
-  PlaneWriter(const Destination& to, int64_t n, int64_t rows) : bias(to.bias), plane(to.plane) {
-    const int64_t first = plane ? to.first / plane * n * plane + to.first % plane : 0;
-    y = static_cast<float*>(to.y) + first;
-    residual = to.residual ? static_cast<const float*>(to.residual) + first : nullptr;
-    touched = residual ? residual : y;
-    last = lanes_left(rows, (V - 1) * kLanes);
-    lower = set(to.activation == GOSSAMER_RELU ? 0.0f : -HUGE_VALF);
-    for (F32& lane : ill) lane = set(0.0f);
-  }
-  // Whether it can write this tile.
-  static bool takes(const Destination& to, int64_t rows) {
-    return to.plane && to.dtype == GOSSAMER_FLOAT32 && to.first % to.plane + rows <= to.plane &&
-           rows > (V - 1) * kLanes &&
-           (to.activation == GOSSAMER_NONE || to.activation == GOSSAMER_RELU);
-  }
-  void operator()(int64_t output, const F32 (&sum)[V]) const {
-    const int64_t at = output * plane;
-    const F32 b = set(bias ? bias[output] : 0.0f);
-    for (int v = 0; v < V; ++v) {
-      const int64_t lane = at + v * kLanes;
-      const int count = v < V - 1 ? kLanes : last;
-      F32 value = add(add(sum[v], ill[v]), b);
-      if (residual) value = add(value, load_some(residual + lane, count));
-      store_some(y + lane, max(lower, value), count);
-      prefetch(touched + lane + V * kLanes);  // the next tile's
-    }
-  }
-};
-
-// Writes sums[output][T] of a chunk into the planes of y; value(sums, lane) as in write_lanes.
-template <typename Value>
-static inline void write_planes(const float* sums, int64_t lanes, int64_t rows, int64_t n,
-                                Range range, const Destination& to, Value value) {
-  by_dtype(to.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (int64_t lane = 0, count; lane < rows; lane += count) {
-      const int64_t image = (to.first + lane) / to.plane, pixel = (to.first + lane) % to.plane;
-      count = to.plane - pixel < rows - lane ? to.plane - pixel : rows - lane;
-      int64_t at = (image * n + range.begin) * to.plane + pixel;
-      const float* from = sums + lane;
-      for (int64_t o = range.begin; o < range.end; ++o, at += to.plane, from += lanes) {
-        const F32 bias = set(to.bias ? to.bias[o] : 0.0f);
-        for (int64_t i = 0; i < count; i += kLanes) {
-          const int left = lanes_left(count, i);
-          F32 v = add(value(load_some(from + i, left), lane + i), bias);
-          if (to.residual) {
-            v = add(v, load_some(static_cast<const T*>(to.residual) + at + i, left));
-          }
-          if (to.activation != GOSSAMER_NONE) v = activate(v, to.activation);
-          store_some(static_cast<T*>(to.y) + at + i, v, left);
-        }
-      }
-    }
-  });
-}
 
 }  // namespace GOSSAMER_ISA
 }  // namespace gossamer

@@ -1,11 +1,11 @@
 // spmm: y = act(x @ w^T + bias), w sparse without structure, all in fp32.
 //
-//   x      rows x k          float32, bfloat16 or float16; rows <= T; or images, see pixels.h
+//   x      rows x k          float32, bfloat16 or float16; rows <= T; or images, see planes.h
 //   w      gossamer_sparse   blocks of 96 columns x chunks of about 512 outputs; the rows of a cell
 //                            sorted by length
 //   panel  [96][T] float     scratch: a block of x transposed, rows in lanes
 //   sums   [n][T] float      scratch
-//   y      rows x n          see epilogue.h; or planes, see pixels.h
+//   y      rows x n          see epilogue.h; or planes, see plane_writer.h
 //
 // One entry = one broadcast and T/8 multiply-adds whose operand comes from the panel: 8 independent
 // sums at T = 64 hide the latency of 4 at two a cycle. Narrower panels take R rows of equal length
@@ -28,6 +28,7 @@
 // same bits for any split over threads and any number of rows but one; an image has the same bits in
 // either layout.
 
+#include "plane_writer.h"
 #include "planes.h"
 
 namespace gossamer {
@@ -125,7 +126,7 @@ void chunks_of(const FloatTile& x, const Pixels* pixels, const gossamer_sparse& 
   // All blocks stay packed where more than one group of chunks meets them.
   const int64_t kept = chunks.end - chunks.begin > group ? kBlockFloats * kWidth : 0;
   float* sums = panel + ((kept ? k : kBlockFloats) + 1) * kWidth;
-  PlaneWriter<V> writer(to, n, x.rows);
+  PlaneWriter<V> writer(x, to, n);
   const bool direct = PlaneWriter<V>::takes(to, x.rows);
   for (int64_t first = chunks.begin; first < chunks.end; first += group) {
     const int64_t end = first + group < chunks.end ? first + group : chunks.end;
