@@ -12,6 +12,9 @@
 // dot() multiplies are four taps of one channel: a transpose of four by four bytes in each lane. The
 // squares of odd numbers leave one tap, which multiplies by itself.
 //
+// Copying a row fetches that of the next four channels: in a batch they come from L3 (MobileNetV2's
+// layers, 16 images: 0.75 of the time on avx2, 0.65 on avx512vnni; one image the same).
+//
 // Registers: 4 sums, 8 words of pixels, 2 weights.
 // Tails: a row's last vector is stored over by the next row; channels past the last are computed and
 // not written; taps past the last are 0.
@@ -45,6 +48,7 @@ class Rows {
           pad(to, shape_.columns);
           continue;
         }
+        if (p == 0) fetch(plane + (conv_.height + y) * conv_.width, conv_.width);
         pad(to, begin);
         copy(plane + y * conv_.width + begin * conv_.stride_w - before, end - begin, to + begin);
         pad(to + end, shape_.columns - end);
