@@ -23,9 +23,10 @@ constexpr int kGemmPanels = 2;
 constexpr int kInt4Rows = 6;
 constexpr int kInt4Panels = 2;
 constexpr int kInt4RowPanels = 4;
-// 4 outputs x 2 vectors of sums, 4 of pixels, 2 broadcasts: 14 of 32 registers. 4 vectors fit too,
-// but gcc 12 then spills in the loop: about 28 ms for the 24.4 that ResNet-50's layers take.
-constexpr int kConvVectors = 2;
+// 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts: 26 of 32 registers. Where a core starts two
+// vpdpbusd a cycle (Zen 5), 2 vectors are too few sums to hide their latency: ResNet-50's layers
+// 12.1 ms for 10.1.
+constexpr int kConvVectors = 4;
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 
