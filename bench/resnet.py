@@ -7,7 +7,7 @@
 Weights are random (what they are does not change the speed), BatchNorm has the statistics of its
 input. Pruned nets keep all weights of the last layer and, unless they say so, of the stem. Each
 net is compared with torch fp32 on the same weights before the clock starts; then all take their
-turn in each round, on one thread and ours also on two, each timed after 50 ms of its own.
+turn in each round, on one thread and ours also on two, each timed for 50 ms after 50 ms of its own.
 torch's BatchNorm is folded too.
 """
 
@@ -191,7 +191,7 @@ def times(lab: Lab, calls: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """The median milliseconds of each call."""
     once = interleave(list(calls.values()), rounds=1)
     rounds = 5e2 * lab.seconds / sum(first for (first,) in once)
-    all_times = interleave(list(calls.values()), min(31, max(3, round(rounds))), warm=0.05)
+    all_times = interleave(list(calls.values()), min(31, max(5, round(rounds))), warm=0.05)
     return {name: statistics.median(own) for name, own in zip(calls, all_times, strict=True)}
 
 

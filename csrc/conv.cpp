@@ -77,7 +77,8 @@ double largest(const float* values, int64_t n) {
 // See ImageDestination. A weight's scales and k bound its sums.
 bool saturates(const gossamer_input& x, const float* scale, int64_t n, int64_t k,
                const gossamer_output& y) {
-  if (!y.blocked || y.blocked->zero != 0 || (y.blocked->residual && y.blocked->residual_zero != 0))
+  if (!y.blocked || x.zero != 0 || y.blocked->zero != 0 ||
+      (y.blocked->residual && y.blocked->residual_zero != 0))
     return false;
   const double step = y.blocked->scale;
   // A bound of 6 is the last byte, or above it.

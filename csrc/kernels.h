@@ -78,7 +78,7 @@ struct ImageDestination {
   Destination to;
   bool planar;
   const gossamer_blocked* blocked;  // its residual is that of this image
-  // Its zero points are 0, and every value is an int32 once it is counted in its scale: saturation
+  // All zero points are 0, and every value is an int32 once it is counted in its scale: saturation
   // to 0 and 255 is all that is left to do.
   bool saturates;
 };

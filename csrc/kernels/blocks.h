@@ -138,7 +138,9 @@ struct Epilogue {
         if (kResidual) r = load_some(residual + line + p, left);
         const auto byte = [&](auto lane) {
           constexpr int i = decltype(lane)::value;
-          return bytes(each[i](load(sums + i * width + p)), unsigned_byte(r, i));
+          const I32 sum = load(sums + i * width + p);
+          return bytes(kClamp == Clamp::kSaturation ? each[i].corrected(sum) : each[i](sum),
+                       unsigned_byte(r, i));
         };
         const I32 packed =
             bytes.pack(byte(Int<0>()), byte(Int<1>()), byte(Int<2>()), byte(Int<3>()));

@@ -73,11 +73,12 @@ def unfused() -> Iterator[None]:
 
 
 def interleave(calls: Sequence[Call], rounds: int, warm: float = 0.0) -> list[list[float]]:
-    """Milliseconds of each call in each round, after one unmeasured round; -> [call][round].
+    """Milliseconds of each call in each round, after one unmeasured round; -> [call][time].
 
     With `warm`, each call runs for so many seconds, once at least, right before it is timed: as
     where nothing else runs, the cache holds what it uses, not what the others left, and its threads
-    have cores of their own (Linux may wake one on its waker's, and move it 10 ms later).
+    have cores of their own (Linux may wake one on its waker's, and move it 10 ms later). It is
+    timed for as long then, once at least: a round has more times of a shorter call.
     """
     for call in calls:
         call()
@@ -86,14 +87,21 @@ def interleave(calls: Sequence[Call], rounds: int, warm: float = 0.0) -> list[li
         # Every other round runs backwards: who runs second finds the other one's data in cache.
         order = list(enumerate(calls))[:: -1 if index % 2 else 1]
         for which, call in order:
-            until = time.perf_counter() + warm
-            while warm:
-                call()
-                if time.perf_counter() >= until:
-                    break
-            start = time.perf_counter()
-            call()
-            times[which].append((time.perf_counter() - start) * 1e3)
+            if warm:
+                _times_within(call, warm)
+            times[which] += _times_within(call, warm)
+    return times
+
+
+def _times_within(call: Call, seconds: float) -> list[float]:
+    """Milliseconds of calls, one at least, that begin within so many seconds."""
+    times = []
+    first = start = time.perf_counter()
+    while not times or start < first + seconds:
+        call()
+        end = time.perf_counter()
+        times.append((end - start) * 1e3)
+        start = end
     return times
 
 
