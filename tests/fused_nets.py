@@ -210,6 +210,11 @@ def run(model: Any, *inputs: Tensor) -> Tensor:
     return y
 
 
+def gives(fused: Any) -> dict[str, str]:
+    """What each node of the report gives."""
+    return {row.name: row.gives for row in fused.report}
+
+
 FORMATS: dict[str, Any] = {
     "int8": gs.Int8(activations="static"),
     "1x4": gs.SparseInt8(activations="static"),

@@ -17,6 +17,7 @@ from fused_nets import (
     Patches,
     ResNet,
     UNet,
+    gives,
     images,
     lively,
     run,
@@ -28,11 +29,6 @@ from torch import Tensor, nn
 import gossamer as gs
 from gossamer import ops
 from gossamer.packed import range_of
-
-
-def gives(fused: Any) -> dict[str, str]:
-    return {row.name: row.gives for row in fused.report}
-
 
 # Exactly.
 

@@ -95,7 +95,7 @@ def interleave(calls: Sequence[Call], rounds: int, warm: float = 0.0) -> list[li
 
 def _times_within(call: Call, seconds: float) -> list[float]:
     """Milliseconds of calls, one at least, that begin within so many seconds."""
-    times = []
+    times: list[float] = []
     first = start = time.perf_counter()
     while not times or start < first + seconds:
         call()

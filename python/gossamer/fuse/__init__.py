@@ -34,12 +34,13 @@ def fuse(model: nn.Module, example_inputs: Any) -> Fused:
     - Between static convolutions (`gs.Int8(activations="static")`, `gs.SparseInt8(...)`) values
       stay 8 bits, in one layout; an addition becomes the residual of the convolution before it,
       max-pooling, concatenation, nearest upsampling and ReLU move bytes, and means over all pixels
-      sum bytes. Everything else gets floats, from the last convolution before it.
+      and average pools sum them. Everything else gets floats, from the last convolution before it.
 
     A value between two static convolutions has the scale that the reader quantizes by, so that
     conv, activation, max-pooling, conv give the bits of the unfused model. Where BatchNorm was
-    folded, sums of floats are rounded otherwise; residuals and means, which the unfused model has
-    in floats, are rounded to the 8 bits of the range that the example shows.
+    folded, sums of floats are rounded otherwise; what residuals, means and average pools read,
+    which the unfused model has in floats, is rounded to the 8 bits of the range that the example
+    shows.
 
     Where all nodes are known to treat each image by itself, a batch runs in pieces of as many
     images as leave values of 2 MB, an image a thread at least; pieces join where values get small.

@@ -21,8 +21,11 @@ _ACTIVATIONS: dict[Any, str] = {
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _CATS = {torch.cat, torch.concat, torch.concatenate}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+# torchvision's drops residuals; torch.fx meets it as one function.
+_DROPS_RESIDUALS = "stochastic_depth"
 _DROPOUT_CALLS = {torch.dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d}
 _MAX_POOLS = {F.max_pool2d, torch.max_pool2d}
+_AVERAGE_POOLS = {F.avg_pool2d, torch._C._nn.avg_pool2d}
 _MEANS = {torch.mean, "mean"}
 
 
@@ -109,7 +112,11 @@ def passes(node: fx.Node) -> bool:
     if module is not None:
         off = isinstance(module, _DROPOUTS) and not module.training
         return type(module) is nn.Identity or off
-    if node.op != "call_function" or node.target not in _DROPOUT_CALLS:
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__name__", "") == _DROPS_RESIDUALS:
+        return arguments(node, "p", "mode", "training").get("training", True) is False
+    if node.target not in _DROPOUT_CALLS:
         return False
     default = node.target is not F.dropout
     return not arguments(node, "p", "training").get("training", default)
@@ -196,6 +203,15 @@ class MaxPool:
 
 
 @dataclass(frozen=True)
+class AveragePool:
+    """avg_pool2d of whole windows, in which what pads them counts as 0."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Nearest:
     """Upsampling that repeats pixels: to a size, which may be a node's, or by a factor."""
 
@@ -253,6 +269,25 @@ def _max_pool(node: fx.Node) -> MaxPool | None:
         pair(found.get("dilation", 1)),
         bool(found.get("ceil_mode", False)),
     )
+
+
+def average_pool(node: fx.Node) -> AveragePool | None:
+    """The pool that a node is, if it is one."""
+    module = module_of(node)
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    if type(module) is nn.AvgPool2d:
+        found = {name: getattr(module, name) for name in (*names, "divisor_override")}
+    elif node.op == "call_function" and node.target in _AVERAGE_POOLS:
+        found = arguments(node, *names, "divisor_override")
+    else:
+        return None
+    if not all(_plain(value) for value in found.values()):
+        return None
+    kernel, padding = pair(found["kernel_size"]), pair(found.get("padding", 0))
+    padded = padding != (0, 0) and not found.get("count_include_pad", True)
+    if padded or found.get("ceil_mode") or found.get("divisor_override"):
+        return None
+    return AveragePool(kernel, pair(found.get("stride") or kernel), padding)
 
 
 def _plain(value: Any) -> bool:

@@ -1,9 +1,10 @@
 """Which values stay 8 bits between layers, and by which scale and zero point.
 
 A value can be an 8-bit image where a static convolution computes it, alone or with an addition, or
-where bytes are only moved or compared: max-pooling, concatenation, nearest upsampling, ReLU. It is
-one where somebody reads it as such: a static convolution, an addition that became a residual, a
-mean over pixels, or an operation that moves bytes and is itself such an image.
+where bytes are only moved or compared: max-pooling, concatenation, nearest upsampling, ReLU. An
+average pool that a static convolution reads becomes one itself. A value is an image where somebody
+reads it as such: a static convolution, an addition that became a residual, a mean over pixels, or
+an operation that moves bytes and is itself such an image.
 
 Each value has one scale and zero point, an *affine*; operations that move bytes share one with what
 they read. It is the `x_affine` of the static convolutions that read the value; where these differ
@@ -22,6 +23,7 @@ from gossamer import ops
 from gossamer.layers import Conv2d
 from gossamer.packed import affine_of, range_of
 
+from .averages import average
 from .graph import note, own_layer, seen
 from .match import (
     Cat,
@@ -29,6 +31,7 @@ from .match import (
     PixelMean,
     activation,
     addends,
+    average_pool,
     image_op,
     module_of,
     only_reader,
@@ -102,7 +105,10 @@ def parts(node: fx.Node, op: ImageOp) -> tuple[fx.Node, ...]:
 
 
 def _able(graph: fx.Graph, plan: Plan) -> set[fx.Node]:
-    """The nodes that can give 8-bit images; finds operations and residuals on the way."""
+    """The nodes that can give 8-bit images.
+
+    Finds operations and residuals on the way, and makes convolutions of average pools.
+    """
     able: set[fx.Node] = set()
     for node in graph.nodes:
         if node.meta.get("pinned"):
@@ -113,7 +119,7 @@ def _able(graph: fx.Graph, plan: Plan) -> set[fx.Node]:
             able.discard(residual.add)
             plan.residuals[node] = residual
             able.add(node)
-        elif static_conv(node) is not None:
+        elif static_conv(node) is not None or _average(node, able):
             able.add(node)
         else:
             op = image_op(node)
@@ -142,6 +148,16 @@ def _residual(node: fx.Node) -> Residual | None:
         if layer and alike and layer.activation == "none" and only_reader(conv) is add:
             return Residual(conv, other, add, name)
     return None
+
+
+def _average(node: fx.Node, able: set[fx.Node]) -> bool:
+    """Makes a convolution of an average pool between 8-bit images, if it is one."""
+    pool, before = average_pool(node), source(node)
+    if pool is None or before not in able or not _static_readers(node):
+        return False
+    others = [conv.packed.get_buffer("x_affine") for _, conv in _static_readers(before)]
+    average(node, pool, *(range_of(others[0]) if others else _range(before)))
+    return True
 
 
 def _why_floats(images: tuple[fx.Node, ...], able: set[fx.Node]) -> str:
