@@ -30,11 +30,12 @@ class Grouped(nn.Module):
 
 def test_a_grouped_convolution_says_why() -> None:
     x = images(2, 16)
-    fused = gs.fuse(static(lively(Grouped()), x), x)
+    model = static(lively(Grouped()), x, {"middle": None, "*": gs.Int8(activations="static")})
+    fused = gs.fuse(model, x)
     rows = {row.name: row for row in fused.report}
     assert rows["up"].note == "gives fp32: middle reads it so"
     assert rows["middle"].fused == "BatchNorm"
-    assert rows["middle"].note == "groups=2: grouped convolutions stay with torch"
+    assert rows["middle"].note == "grouped: Int8(activations='static') would keep 8 bits"
     assert rows["last"].gives == "int8" and "mean_image" in rows
 
 

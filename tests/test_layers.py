@@ -260,8 +260,8 @@ def test_what_stays_with_torch() -> None:
 
     assert layers.unsupported(nn.Linear(2, 2)) is None
     assert layers.unsupported(nn.Conv2d(2, 2, 1)) is None
-    assert layers.unsupported(nn.Conv2d(4, 4, 1, groups=2)) == (
-        "groups=2: grouped convolutions stay with torch"
+    assert layers.unsupported(nn.Conv2d(4, 4, 1, groups=2), gs.Int8()) == (
+        "groups=2: grouped convolutions are for Int8(activations='static')"
     )
     assert "Own is not exactly nn.Linear or nn.Conv2d" in str(layers.unsupported(Own(2, 2)))
     with pytest.raises(ValueError, match="groups=4"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .geometry import conv_rows, conv_weight, is_depthwise, weight_matrix
+from .geometry import conv_rows, conv_weight, groups_inside, is_depthwise, weight_matrix
 from .layers import Conv2d, Linear, unsupported
 from .observed import Observed, observed
 from .timing import unfused
@@ -41,14 +41,14 @@ def calibrate(
 ) -> Iterator[None]:
     """Observes the inputs of the model's layers while the body of the `with` runs it.
 
-    Every nn.Linear, and nn.Conv2d with groups=1 or depthwise, that runs gets an `Observed` when the
+    Every nn.Linear and nn.Conv2d that runs gets an `Observed` when the
     body ends, in the place of an earlier one; `observed(module)` reads it. It is a plain attribute:
     no part of the state_dict, kept by copy.deepcopy. An error in the body leaves the modules as
     they were.
 
     Args:
         model: dense, in eval mode if it has dropout or batch norm.
-        hessian: also keep the mean of x x^T, k x k floats a layer.
+        hessian: also keep the mean of x x^T, k x k floats a layer, but for grouped convolutions.
         observer: how the range of static quantization is found, one a tensor. "minmax": the
             smallest and the largest value. "percentile": all but the outermost values. "mse": the
             range whose quantization to 8 bits has the least squared error (Nagel 2021, 3.1), of
@@ -80,8 +80,8 @@ def calibrate(
     }
     if not layers:
         raise ValueError(
-            f"nothing to calibrate: {type(model).__name__} has no nn.Linear and no nn.Conv2d with "
-            "groups=1, nor a depthwise one (calibrate before compress_)"
+            f"nothing to calibrate: {type(model).__name__} has no nn.Linear and no nn.Conv2d "
+            "(calibrate before compress_)"
         )
     watches = {name: _Watch(name, module, hessian) for name, module in layers.items()}
     with contextlib.ExitStack() as stack:
@@ -168,7 +168,7 @@ class _Watch:
         self.histogram = _Histogram()
         self.sum, self.square, self.absmax = (torch.zeros((), dtype=torch.float64),) * 3
         self.hessian: Tensor | None = None
-        self.wants_hessian = hessian and not depthwise
+        self.wants_hessian = hessian and getattr(module, "groups", 1) == 1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = (args[0] if args else kwargs["input"]).detach().float()
@@ -245,4 +245,6 @@ def set_weight_(module: nn.Module, matrix: Tensor) -> None:
     shape = weight_matrix(module).shape
     if matrix.shape != shape:
         raise ValueError(f"the matrix is {tuple(matrix.shape)}, this layer's is {tuple(shape)}")
-    weight.copy_(conv_weight(matrix, weight.shape) if isinstance(module, nn.Conv2d) else matrix)
+    if isinstance(module, nn.Conv2d):
+        matrix = conv_weight(matrix, weight.shape, groups_inside(module))
+    weight.copy_(matrix)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from .calibrate import correct_bias_
 from .formats import Format
+from .groups import kept_format
 from .layers import LAYERS, Conv2d, Linear, unsupported
 from .observed import frozen, input_range
 from .packed import Packed
@@ -212,6 +213,8 @@ def choose(candidates: list[Candidate], patterns: Mapping[str, Format | None]) -
         reason = None if isinstance(runs, Layer) else unsupported(runs, candidate.format)
         if reason:
             candidate.format, candidate.reason = None, reason
+        if candidate.format is not None:
+            candidate.format = kept_format(runs, candidate.format)
         if isinstance(runs, Layer) and candidate.format == runs.packed.format:
             candidate.format, candidate.reason = None, f"already {format_name(runs.packed.format)}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gossamer import ops
@@ -88,6 +89,24 @@ def is_depthwise(conv: Any) -> bool:
     return bool(conv.in_channels == conv.out_channels == conv.groups > 1)
 
 
+def groups_inside(conv: Any) -> int:
+    """The groups inside of the matrix of a convolution: 1 if it is depthwise, which has its own."""
+    return 1 if is_depthwise(conv) else int(conv.groups)
+
+
+def over_all_channels(weight: Tensor, groups: int) -> Tensor:
+    """(out, in / groups, kh, kw) -> (out, in, kh, kw), zero where a group reads nothing.
+
+    >>> import torch
+    >>> over_all_channels(torch.ones(2, 1, 1, 1), 2).flatten(1).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    each, own = weight.detach().unflatten(0, (groups, -1)), torch.arange(groups)
+    whole = weight.new_zeros(*each.shape[:2], groups, *each.shape[2:], requires_grad=False)
+    whole[own, :, own] = each
+    return whole.flatten(2, 3).flatten(0, 1)
+
+
 def conv_matrix(weight: Tensor, depthwise: bool = False) -> Tensor:
     """(out, in, kh, kw) -> (out, kh * kw * in up to 4), channels innermost, padded with zeros.
 
@@ -98,14 +117,27 @@ def conv_matrix(weight: Tensor, depthwise: bool = False) -> Tensor:
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
-    """The (n, k) matrix that a layer packs: a Linear's weight, or `conv_matrix` of it."""
+    """The (n, k) matrix that a layer packs: a Linear's weight, or `conv_matrix` of it.
+
+    That of a grouped convolution is as wide as if each output read all channels.
+    """
     weight: Any = module.weight
     if isinstance(module, nn.Conv2d):
+        if groups_inside(module) > 1:
+            weight = over_all_channels(weight, module.groups)
         return conv_matrix(weight, is_depthwise(module))
     return weight.detach()
 
 
-def conv_weight(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `conv_matrix`, of some outputs of a weight of the shape (out, in, kh, kw)."""
+def conv_weight(matrix: Tensor, shape: tuple[int, ...], groups: int = 1) -> Tensor:
+    """The inverse of `conv_matrix`, of some outputs of a weight of the shape (out, in, kh, kw).
+
+    groups: those of `over_all_channels`, of all outputs; in is that of one of them.
+    """
     taps = matrix.unflatten(1, (*shape[2:], -1))
-    return taps[..., : shape[1]].permute(0, 3, 1, 2).contiguous()
+    weight = taps[..., : groups * shape[1]].permute(0, 3, 1, 2)
+    if groups > 1:
+        own = torch.arange(groups)
+        weight = weight.unflatten(1, (groups, -1)).unflatten(0, (groups, -1))[own, :, own]
+        weight = weight.flatten(0, 1)
+    return weight.contiguous()

@@ -109,8 +109,8 @@ def _why_not(module: Any, format: Format | None, tied: Mapping[int, str]) -> str
     if seen is None:
         return "left alone: the calibration did not reach it"
     if seen.hessian is None:
-        depthwise = seen.mean.dim() > 1
-        return f"left alone: {'depthwise' if depthwise else 'calibrated without hessian=True'}"
+        grouped = getattr(module, "groups", 1) > 1
+        return f"left alone: {'grouped' if grouped else 'calibrated without hessian=True'}"
     return ""
 
 

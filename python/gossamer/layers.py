@@ -15,12 +15,14 @@ from gossamer.geometry import (
     PAD_MODES,
     conv_geometry,
     conv_weight,
+    groups_inside,
     is_depthwise,
     least_size,
     pad_outside,
     pair,
     too_small,
 )
+from gossamer.groups import check_groups, grouped_format, kept_format
 from gossamer.observed import pack_dense
 from gossamer.packed import Packed, packs_depthwise
 
@@ -190,7 +192,8 @@ class Conv2d(_Layer):
 
     The weight is packed as a matrix (out_channels, kernel_h * kernel_w * channels up to 4),
     channels innermost, so that a block of four inputs is four channels at one tap; of a depthwise
-    convolution as (channels, kernel_h * kernel_w).
+    convolution as (channels, kernel_h * kernel_w). That of a grouped one is as wide as if each
+    output read all channels: its zeros are not stored.
 
     Args:
         packed: that matrix.
@@ -198,7 +201,8 @@ class Conv2d(_Layer):
         in_channels, out_channels, kernel_size, stride, padding, dilation, padding_mode: as in
             `nn.Conv2d`.
         activation: one of `gossamer.ops.ACTIVATIONS`, fused into the kernel.
-        groups: 1, or in_channels = out_channels, which static int8 has kernels for.
+        groups: as in `nn.Conv2d`; of a depthwise convolution, groups = in_channels = out_channels,
+            static int8 has kernels, and others are kept as `SparseInt8(activations="static")`.
 
     Shapes: x (images, in_channels, h, w) or (in_channels, h, w), contiguous or channels_last,
     float32, bfloat16 or float16; the result has its dtype and layout. The others: see Linear.
@@ -222,9 +226,9 @@ class Conv2d(_Layer):
         groups: int = 1,
     ) -> None:
         super().__init__(packed, bias, activation)
-        if groups != 1 and not in_channels == out_channels == groups:
-            raise ValueError(f"groups={groups}: only 1 and depthwise convolutions can be packed")
-        wide = 1 if groups > 1 else -(-in_channels // 4) * 4
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        check_groups(in_channels, out_channels, groups, packed.format)
+        wide = 1 if is_depthwise(self) else -(-in_channels // 4) * 4
         columns = kernel_size[0] * kernel_size[1] * wide
         if (packed.n, packed.k) != (out_channels, columns):
             raise ValueError(
@@ -235,7 +239,6 @@ class Conv2d(_Layer):
             raise ValueError(
                 f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(PAD_MODES)}"
             )
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         packed.bind(kernel_size[0] * kernel_size[1], in_channels)
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
@@ -258,7 +261,7 @@ class Conv2d(_Layer):
         reason = unsupported(module, format)
         if reason:
             raise ValueError(reason)
-        packed = packed or pack_dense(module, format)
+        packed = packed or pack_dense(module, kept_format(module, format))
         padding = module.padding if isinstance(module.padding, str) else pair(module.padding)
         return cls(
             packed,
@@ -333,7 +336,7 @@ class Conv2d(_Layer):
     def unpack(self) -> Tensor:
         """The weight that is really used, (out, in, kernel_h, kernel_w) float32."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        return conv_weight(self.packed.unpack(), shape)
+        return conv_weight(self.packed.unpack(), shape, groups_inside(self))
 
     def to_dense(self) -> nn.Conv2d:
         """A dense convolution with the weight that is really used, without the activation."""
@@ -380,8 +383,8 @@ def unsupported(module: nn.Module, format: Format | None = None) -> str | None:
         return f"{type(module).__name__} is not exactly nn.Linear or nn.Conv2d"
     if not isinstance(module, nn.Conv2d) or module.groups == 1:
         return None
-    if not is_depthwise(module):
-        return f"groups={module.groups}: grouped convolutions stay with torch"
-    if format is None or packs_depthwise(format):
+    depthwise = is_depthwise(module)
+    if format is None or (packs_depthwise(format) if depthwise else grouped_format(format)):
         return None
-    return f"groups={module.groups}: depthwise convolutions are for Int8(activations='static')"
+    kind = "depthwise" if depthwise else "grouped"
+    return f"groups={module.groups}: {kind} convolutions are for Int8(activations='static')"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .compress import Candidate, as_patterns, choose, describe, find, format_name
 from .formats import Format, Int8, SparseInt8
-from .geometry import conv_geometry, conv_weight, pad_outside
+from .geometry import conv_geometry, conv_weight, groups_inside, pad_outside
 from .layers import LAYERS, Conv2d, Linear
 from .observed import Frozen, frozen, input_range, pack_dense
 from .packed import Packed
@@ -44,7 +44,7 @@ class _Straight(torch.autograd.Function):
         dy, kept, module = grads[0].float(), x.float(), ctx.module
         used = ctx.packed.unpack()
         if isinstance(module, nn.Conv2d):
-            used = conv_weight(used, weight.shape)
+            used = conv_weight(used, weight.shape, groups_inside(module))
         found: Any = frozen(module)
         if found.x_range is not None:
             kept = kept.clamp(*found.x_range)

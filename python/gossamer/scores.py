@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import observed, set_weight_, weight_matrix
-from .geometry import conv_matrix, conv_weight
+from .geometry import conv_matrix, conv_weight, groups_inside
 from .observed import Observed
 
 Prunable = nn.Linear | nn.Conv2d
@@ -110,8 +110,11 @@ def _relative(size: Tensor) -> Tensor:
 
 def _input_square(name: str, module: Prunable) -> Tensor:
     """E[x^2] of each weight's input, to be multiplied with the weight."""
-    square = _observed(name, module, "wanda").square.to(module.weight.device)
-    return _as_weight(torch.atleast_2d(square), module.weight.shape)
+    square = torch.atleast_2d(_observed(name, module, "wanda").square.to(module.weight.device))
+    groups = groups_inside(module) if isinstance(module, nn.Conv2d) else 1
+    if groups > 1:
+        square = square.expand(len(module.weight), -1)
+    return _as_weight(square, module.weight.shape, groups)
 
 
 def _observed(name: str, module: Prunable, score: str) -> Observed:
@@ -119,8 +122,7 @@ def _observed(name: str, module: Prunable, score: str) -> Observed:
     if found is None:
         raise ValueError(
             f"layer {name!r} was not observed, which score={score!r} needs: run data through the "
-            "model within gs.calibrate(model), and exclude layers that do not run there, or that "
-            "are grouped convolutions"
+            "model within gs.calibrate(model), and exclude layers that do not run there"
         )
     return found
 
@@ -146,7 +148,7 @@ def reconstruct_(
     if hessian is None:
         raise ValueError(
             f"layer {name!r} was observed without its Hessian, which score='sparsegpt' needs: "
-            "gs.calibrate(model, hessian=True), and exclude depthwise convolutions, which have none"
+            "gs.calibrate(model, hessian=True), and exclude grouped convolutions, which have none"
         )
     matrix = weight_matrix(module)
     kept = conv_matrix(mask) if mask.dim() == 4 else mask
@@ -163,6 +165,6 @@ def reconstruct_(
     return _as_weight(kept, mask.shape)
 
 
-def _as_weight(matrix: Tensor, shape: torch.Size) -> Tensor:
+def _as_weight(matrix: Tensor, shape: torch.Size, groups: int = 1) -> Tensor:
     """(rows, k) as (rows, c, kh, kw), where the weight is a convolution's."""
-    return matrix if len(shape) == 2 else conv_weight(matrix, shape)
+    return matrix if len(shape) == 2 else conv_weight(matrix, shape, groups)

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from gossamer.compress import format_name
+from gossamer.geometry import is_depthwise
 from gossamer.layers import Conv2d, Linear, unsupported
 from gossamer.report import Report
 
@@ -120,7 +121,9 @@ def _runs(node: fx.Node, module: nn.Module | None) -> str:
 def _why_not(node: fx.Node, module: nn.Module | None) -> str:
     """What a reader of the table would ask of a node that runs in floats."""
     if isinstance(module, nn.Conv2d) and module.groups > 1:
-        return unsupported(module) or "depthwise: Int8(activations='static') would keep 8 bits"
+        kind = "depthwise" if is_depthwise(module) else "grouped"
+        own = f"{kind}: Int8(activations='static') would keep 8 bits"
+        return unsupported(module) or own
     static = module if isinstance(module, Conv2d) and module.packed.static else None
     if static is not None and not static.takes_images:
         return f"padding_mode={static.padding_mode!r} pads floats"
