@@ -48,7 +48,8 @@ class Drawn(nn.Module):
         if kind == "conv":
             outputs, stride = self.random.choice((8, 8, 8, 6)), 1 + (self.random.random() < 0.1)
             size = self.random.choice((1, 3))
-            self.layers[name] = nn.Conv2d(channels, outputs, size, stride, size // 2)
+            groups = self.random.choice((1, 1, 2)) if channels % 2 == 0 else 1
+            self.layers[name] = nn.Conv2d(channels, outputs, size, stride, size // 2, groups=groups)
             shape = (outputs, halved + stride - 1)
         elif kind == "pool":
             self.layers[name] = self.random.choice((nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1)))

@@ -173,3 +173,29 @@ def test_a_residual_that_is_read_at_the_same_time_is_refused(format: str) -> Non
     empty = torch.zeros(0, 4, 9, 9)
     if format == "fp32":
         assert layer(empty, empty.clone(), reuse=True).shape == empty.shape
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_layer_does_not_run_after_its_input_is_written_over(format: str, view: bool) -> None:
+    """It would, to add what became of its input, which the model computes behind it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.sigmoid(self.stem(x)) - 0.5
+            y = self.conv(x)
+            other = (x.view(x.shape) if view else x).relu_()
+            return self.last(torch.relu(y + other))
+
+    torch.manual_seed(0)
+    x = images(3, 16)
+    model = packed_net(Net(), format, x)
+    fused = gs.fuse(model, x)
+    want = run(model, x)
+    bound = 1e-5 if format == "fp32" else 0.02
+    assert (run(fused, x) - want).norm() < bound * want.norm()

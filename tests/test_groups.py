@@ -17,6 +17,7 @@ import gossamer as gs
 from gossamer.geometry import conv_rows, conv_weight, over_all_channels, weight_matrix
 from gossamer.layers import unsupported
 from gossamer.observed import observed
+from gossamer.packed import pack
 
 STATIC = gs.Int8(activations="static")
 BLOCKS = gs.SparseInt8(activations="static")
@@ -92,6 +93,9 @@ def test_groups_that_do_not_fit() -> None:
     packed: Any = model[0].packed
     with pytest.raises(ValueError, match=r"groups=3 must divide 8 inputs and 8 outputs"):
         gs.Conv2d(packed, None, 8, 8, (1, 1), groups=3)
+    whole = pack(torch.ones(8, 8), BLOCKS, (-1.0, 1.0))
+    with pytest.raises(ValueError, match="groups=2: an output has weights outside of its group"):
+        gs.Conv2d(whole, None, 8, 8, (1, 1), groups=2)
     with pytest.raises(ValueError, match=r"must be SparseInt8\(activations='static'\), it is Int8"):
         gs.Conv2d(packed, None, 8, 8, (1, 1), groups=2)
 

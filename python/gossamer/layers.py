@@ -239,7 +239,7 @@ class Conv2d(_Layer):
             raise ValueError(
                 f"padding_mode={padding_mode!r} is unknown: use one of {', '.join(PAD_MODES)}"
             )
-        packed.bind(kernel_size[0] * kernel_size[1], in_channels)
+        packed.bind(kernel_size[0] * kernel_size[1], in_channels, groups_inside(self))
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.padding, self.padding_mode = padding, padding_mode
         self._outside, self._conv = conv_geometry(self)

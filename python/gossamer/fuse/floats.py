@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from gossamer import ops, reference
 from gossamer.layers import Conv2d, Linear
 
-from .graph import absorb, add_module, own_layer, seen
+from .graph import absorb, add_module, can_wait, own_layer, seen
 from .images import gives_floats
 from .match import (
     MaxPool,
@@ -105,7 +105,7 @@ def _add(node: fx.Node) -> None:
     ends = [(own, other) for own, other in ((a, b), (b, a)) if _may_hold(own, other, node)]
     for own, other in ends:
         layer: Any = module_of(own)
-        if _adds(layer, own):
+        if _adds(layer, own) and can_wait(own, node):
             _add_inside(layer, own, other, node)
             return
     if ends:

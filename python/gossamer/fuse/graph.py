@@ -160,6 +160,23 @@ def is_view(node: fx.Node) -> bool:
     return node.op.startswith("call_") and label(node).lower() in _VIEWS
 
 
+def can_wait(layer: fx.Node, until: fx.Node) -> bool:
+    """Whether a layer may run as late as another node: nobody writes over what it reads."""
+    read, node = _memory_of(source(layer)), layer.next
+    while node is not until:
+        if node.op.startswith("call_") and in_place(node) and _memory_of(source(node)) is read:
+            return False
+        node = node.next
+    return True
+
+
+def _memory_of(node: fx.Node | None) -> fx.Node | None:
+    """The node that made the memory which a view, or a result written over its operand, lies in."""
+    while node is not None and (is_view(node) or (node.op.startswith("call_") and in_place(node))):
+        node = source(node)
+    return node
+
+
 def drop_what_passes(graph: fx.Graph) -> None:
     """Erases nn.Identity and dropout that is switched off."""
     for node in list(graph.nodes):

@@ -24,7 +24,7 @@ from gossamer.layers import Conv2d
 from gossamer.packed import affine_of, range_of
 
 from .averages import average
-from .graph import note, own_layer, seen
+from .graph import can_wait, note, own_layer, seen
 from .match import (
     Cat,
     ImageOp,
@@ -145,7 +145,8 @@ def _residual(node: fx.Node) -> Residual | None:
     for conv, other in (both, reversed(both)) if both else ():
         layer = static_conv(conv)
         alike = seen(conv).shape == seen(other).shape and seen(conv).dtype == seen(other).dtype
-        if layer and alike and layer.activation == "none" and only_reader(conv) is add:
+        free = layer is not None and layer.activation == "none" and only_reader(conv) is add
+        if free and alike and can_wait(conv, add):
             return Residual(conv, other, add, name)
     return None
 

@@ -229,8 +229,12 @@ class Packed(nn.Module):
         for name in self.buffers_of(self.format):
             setattr(self, name, getattr(loaded, name).clone())
 
-    def bind(self, taps: int, channels: int) -> None:
-        """Said by a convolution: the columns are (taps, channels up to 4)."""
+    def bind(self, taps: int, channels: int, groups: int) -> None:
+        """Said by a convolution: the columns are (taps, channels up to 4), in so many groups.
+
+        Raises:
+            ValueError: an output has weights outside of its group.
+        """
 
     def _tensors(self) -> dict[str, Tensor]:
         # nn.Module finds a buffer by a slow path: four of them would cost a fifth of a small call.

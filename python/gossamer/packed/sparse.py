@@ -181,6 +181,15 @@ class PackedSparseInt8(_Indexed):
         if not torch.equal(wsum, self.wsum):
             raise ValueError("wsum is not the sum of each output's weights: the file is damaged")
 
+    def bind(self, taps: int, channels: int, groups: int) -> None:
+        if groups == 1:
+            return
+        outputs, inputs = entry_places(self.n, 4, self._index())
+        channel = inputs[:, None] % round_up(channels, 4) + torch.arange(4)
+        other = channel // (channels // groups) != outputs[:, None] // (self.n // groups)
+        if self.values[other].any():
+            raise ValueError(f"groups={groups}: an output has weights outside of its group")
+
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
     ) -> Tensor:

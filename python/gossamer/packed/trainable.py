@@ -111,7 +111,7 @@ class PackedTrainableSparse(PackedSparse):
         self._channels, self._taps = k, 0
         self._transpose()
 
-    def bind(self, taps: int, channels: int) -> None:
+    def bind(self, taps: int, channels: int, groups: int) -> None:
         self._channels, self._taps = channels, taps
         self._transpose()
 
