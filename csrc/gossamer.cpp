@@ -119,8 +119,8 @@ extern "C" int gossamer_spmm(const gossamer_input* x, const gossamer_sparse* w,
     if (!lanes) return false;
     const int64_t first = tile.rows.begin, size = element_size(x->dtype);
     const char* data = static_cast<const char*>(x->data) + (x->conv ? 0 : first * x->stride * size);
-    const FloatTile in{data,  x->stride,      x->dtype,  tile.count(), x->conv,
-                       first, x->planar != 0, tile.cold, tile.more};
+    const FloatTile in{data,    x->stride, x->dtype,       tile.count(),
+                       x->conv, first,     x->planar != 0, tile.more};
     const int64_t plane = y->planar ? x->conv->out_h * x->conv->out_w : 0;
     const int64_t at = plane ? 0 : first * y->stride * size;
     const auto* residual = static_cast<const char*>(y->residual);

@@ -40,7 +40,7 @@ struct FloatTile {
   const gossamer_conv* conv = nullptr;
   int64_t first = 0;
   bool planar = false;
-  bool cold = false, more = false;  // see Tile
+  bool more = false;  // see Tile
 };
 
 // x ~ (q - zero) * scale; to a kernel, a scale of 0 means: of each row's own range.

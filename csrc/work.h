@@ -129,6 +129,7 @@ class Costs {
 
 // The items that a thread has not begun. It takes them from the front; threads that are done with
 // their own take them from the back, for no two cores are equally fast, nor any prediction of costs.
+// Each has a cache line of its own: one that two cores lock goes to and fro.
 class alignas(64) Share {
  public:
   void open(Range items) {

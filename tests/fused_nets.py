@@ -203,6 +203,13 @@ def static(
     return model
 
 
+def calibrated(model: Any, x: Tensor, **more: Any) -> Any:
+    """Observed while it runs on x."""
+    with torch.no_grad(), gs.calibrate(model, observer="minmax", **more):
+        model(x)
+    return model
+
+
 def run(model: Any, *inputs: Tensor) -> Tensor:
     """Without gradients."""
     with torch.no_grad():

@@ -155,7 +155,7 @@ def test_percentile_cuts_the_outermost_values() -> None:
 
 @pytest.mark.parametrize("shape", ["normal", "tails", "relu", "outlier"])
 def test_mse_is_about_the_best_range(shape: str) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     x = torch.randn(500, 40)
     if shape == "tails":
         x = x**5
@@ -168,7 +168,7 @@ def test_mse_is_about_the_best_range(shape: str) -> None:
     ends = min(float(x.min()), 0.0), float(x.max())
     best = min(error(x, ends[0] * float(a), ends[1] * float(b)) for a in edges for b in edges)
     assert error(x, low, high) <= best * 1.05 + 1e-9
-    assert error(x, low, high) <= error(x, *range_of("minmax", x)) * 1.02
+    assert error(x, low, high) <= error(x, *range_of("minmax", x)) * 1.001
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_nets import MobileNet, images, lively, run, static
+from fused_nets import MobileNet, calibrated, images, lively, run, static
 from products import integers, same_bits
 from torch import Tensor, nn
 
@@ -163,12 +163,6 @@ def test_the_operators_of_gpus_have_the_same_bits(case: ImageCase) -> None:
 
 def depthwise(**more: Any) -> nn.Conv2d:
     return nn.Conv2d(12, 12, 3, padding=1, groups=12, **more)
-
-
-def calibrated(model: Any, x: Tensor, **more: Any) -> Any:
-    with torch.no_grad(), gs.calibrate(model, observer="minmax", **more):
-        model(x)
-    return model
 
 
 def test_a_layer_like_any_other(tmp_path: Path) -> None:

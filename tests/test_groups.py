@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_nets import gives, images, lively, run, static
+from fused_nets import calibrated, gives, images, lively, run, static
 from products import same_bits
 from torch import Tensor, nn
 
@@ -23,12 +23,6 @@ STATIC = gs.Int8(activations="static")
 BLOCKS = gs.SparseInt8(activations="static")
 # Inputs, outputs, groups: a group may have a part of a block of four channels, or several.
 SIZES = [(8, 8, 2), (12, 24, 3), (6, 9, 3), (10, 20, 2), (32, 16, 4), (8, 16, 8)]
-
-
-def calibrated(model: Any, x: Tensor, **more: Any) -> Any:
-    with torch.no_grad(), gs.calibrate(model, observer="minmax", **more):
-        model(x)
-    return model
 
 
 @pytest.mark.parametrize("inputs, outputs, groups", SIZES)

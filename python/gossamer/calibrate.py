@@ -41,10 +41,9 @@ def calibrate(
 ) -> Iterator[None]:
     """Observes the inputs of the model's layers while the body of the `with` runs it.
 
-    Every nn.Linear and nn.Conv2d that runs gets an `Observed` when the
-    body ends, in the place of an earlier one; `observed(module)` reads it. It is a plain attribute:
-    no part of the state_dict, kept by copy.deepcopy. An error in the body leaves the modules as
-    they were.
+    Every nn.Linear and nn.Conv2d that runs gets an `Observed` when the body ends, in the place of
+    an earlier one; `observed(module)` reads it. It is a plain attribute: no part of the state_dict,
+    kept by copy.deepcopy. An error in the body leaves the modules as they were.
 
     Args:
         model: dense, in eval mode if it has dropout or batch norm.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .formats import Format, Int8, SparseInt8
@@ -23,12 +25,12 @@ def kept_format(module: nn.Module, format: Format) -> Format:
     return (grouped_format(format) or format) if grouped else format
 
 
-def check_groups(inputs: int, outputs: int, groups: int, format: Format) -> None:
-    """ValueError unless a convolution of so many channels can have its weight in that format."""
+def check_groups(conv: Any, format: Format) -> None:
+    """ValueError unless a convolution of such channels can have its weight in that format."""
+    inputs, outputs, groups = conv.in_channels, conv.out_channels, conv.groups
     if groups < 1 or inputs % groups or outputs % groups:
         raise ValueError(f"groups={groups} must divide {inputs} inputs and {outputs} outputs")
-    depthwise = groups == inputs == outputs
-    if groups > 1 and not depthwise and grouped_format(format) != format:
+    if groups_inside(conv) > 1 and grouped_format(format) != format:
         raise ValueError(
             f"groups={groups}: the weight must be SparseInt8(activations='static'), it is {format}"
         )

@@ -227,7 +227,7 @@ class Conv2d(_Layer):
     ) -> None:
         super().__init__(packed, bias, activation)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        check_groups(in_channels, out_channels, groups, packed.format)
+        check_groups(self, packed.format)
         wide = 1 if is_depthwise(self) else -(-in_channels // 4) * 4
         columns = kernel_size[0] * kernel_size[1] * wide
         if (packed.n, packed.k) != (out_channels, columns):

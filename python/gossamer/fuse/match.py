@@ -251,15 +251,9 @@ def image_op(node: fx.Node) -> ImageOp | None:
 
 
 def _max_pool(node: fx.Node) -> MaxPool | None:
-    module = module_of(node)
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    if type(module) is nn.MaxPool2d:
-        found = {name: getattr(module, name) for name in names}
-    elif node.op == "call_function" and node.target in _MAX_POOLS:
-        found = arguments(node, *names)
-    else:
-        return None
-    if found.get("return_indices") or not all(_plain(value) for value in found.values()):
+    found = _settings(node, nn.MaxPool2d, _MAX_POOLS, *names)
+    if found is None or found.get("return_indices"):
         return None
     kernel = pair(found["kernel_size"])
     return MaxPool(
@@ -273,21 +267,29 @@ def _max_pool(node: fx.Node) -> MaxPool | None:
 
 def average_pool(node: fx.Node) -> AveragePool | None:
     """The pool that a node is, if it is one."""
-    module = module_of(node)
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-    if type(module) is nn.AvgPool2d:
-        found = {name: getattr(module, name) for name in (*names, "divisor_override")}
-    elif node.op == "call_function" and node.target in _AVERAGE_POOLS:
-        found = arguments(node, *names, "divisor_override")
-    else:
-        return None
-    if not all(_plain(value) for value in found.values()):
+    found = _settings(node, nn.AvgPool2d, _AVERAGE_POOLS, *names, "divisor_override")
+    if found is None:
         return None
     kernel, padding = pair(found["kernel_size"]), pair(found.get("padding", 0))
     padded = padding != (0, 0) and not found.get("count_include_pad", True)
     if padded or found.get("ceil_mode") or found.get("divisor_override"):
         return None
     return AveragePool(kernel, pair(found.get("stride") or kernel), padding)
+
+
+def _settings(
+    node: fx.Node, kind: type[nn.Module], functions: set[Any], *names: str
+) -> dict[str, Any] | None:
+    """What such a module or a call of such a function has by these names, where all is known."""
+    module = module_of(node)
+    if type(module) is kind:
+        found = {name: getattr(module, name) for name in names}
+    elif node.op == "call_function" and node.target in functions:
+        found = arguments(node, *names)
+    else:
+        return None
+    return found if all(_plain(value) for value in found.values()) else None
 
 
 def _plain(value: Any) -> bool:
