@@ -95,31 +95,34 @@ ImageDestination destination(const gossamer_input& x, const gossamer_output& y, 
   const gossamer_dtype dtype = x.dtype == GOSSAMER_UINT8 ? GOSSAMER_FLOAT32 : x.dtype;
   char* data = static_cast<char*>(y.data);
   if (y.blocked) {
-    const int64_t bytes = image * blocked_bytes(n, plane);
+    const int64_t each = blocked_bytes(n, plane), bytes = image * each;
     blocked = *y.blocked;
     if (blocked.residual) blocked.residual += bytes;
-    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked, saturates};
+    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked, saturates, each};
   }
-  const int64_t elements = image * plane * (y.planar ? n : y.stride);
-  return {{data + elements * element_size(dtype), y.planar ? plane : y.stride, dtype, y.bias,
-           y.activation},
+  const int64_t each = plane * (y.planar ? n : y.stride) * element_size(dtype);
+  return {{data + image * each, y.planar ? plane : y.stride, dtype, y.bias, y.activation},
           y.planar != 0,
           nullptr,
-          false};
+          false,
+          each};
 }
 
 // multiply(tile, units, destination, scratch of `own` bytes) for all tiles; `weights` is how many an
-// output pixel meets.
+// output pixel meets. An image of `work` is `together` of x, fewer at the end.
 template <typename Before, typename Multiply>
 int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, int64_t k,
              const float* scale, const Work& work, double weights, Before before, int64_t own,
-             gossamer_parallel_for parallel_for, Multiply multiply) {
+             gossamer_parallel_for parallel_for, Multiply multiply, int64_t together = 1) {
   const Images images(x);
   const bool saturated = saturates(x, scale, n, k, y);
-  return run(work, macs_of_lanes(work, weights), before, parallel_for, [&](const Tile& tile) {
+  const double macs = macs_of_lanes(work, weights) * double(together);
+  return run(work, macs, before, parallel_for, [&](Tile tile) {
     Arena arena{scratch.reserve(images.bytes() + own)};
     if (!arena.next) return false;
-    const ImageTile in = images(tile, arena);
+    tile.image *= together;
+    ImageTile in = images(tile, arena);
+    in.images = std::min(together, x.conv->images - tile.image);
     gossamer_blocked blocked{};
     multiply(in, tile.units, destination(x, y, n, tile.image, saturated, blocked), arena.take(own));
     return true;
@@ -144,6 +147,55 @@ int depthwise(const gossamer_input& x, const gossamer_int8& w, const gossamer_ou
                   });
 }
 
+// What winograd.h takes at once: so many images, or rows of an image's tiles.
+struct WinogradUnit {
+  int64_t images, rows, columns;
+
+  // As many tiles as there may be, in equal units. Images of floats are blocked one by one.
+  explicit WinogradUnit(const gossamer_input& x) : columns(ceil_div(x.conv->out_w, 4)) {
+    const gossamer_conv& c = *x.conv;
+    const auto share = [](int64_t count, int64_t most) {
+      count = std::max<int64_t>(count, 1);
+      return ceil_div(count, ceil_div(count, std::clamp<int64_t>(most, 1, count)));
+    };
+    const int64_t all = ceil_div(c.out_h, 4),
+                  most = std::min(kWinogradTiles, kWinogradPixels / round_up(c.channels, 4));
+    images = x.dtype == GOSSAMER_UINT8 ? share(c.images, most / (all * columns)) : 1;
+    rows = share(all, most / columns);
+  }
+
+  int64_t out_rows(const gossamer_conv& c) const { return std::min(rows * 4, c.out_h); }
+  int64_t bytes(const gossamer_conv& c) const {
+    return winograd_scratch(c, images, out_rows(c)).end * 4;
+  }
+
+  // Whether it is faster than the kernel for all convolutions.
+  bool pays(const gossamer_conv& c, int64_t n) const {
+    if (c.kernel_h != 3 || c.kernel_w != 3 || c.stride_h != 1 || c.stride_w != 1 ||
+        c.dilation_h != 1 || c.dilation_w != 1 || bytes(c) > Scratch::kKept)
+      return false;
+    const WinogradCost cost = active_kernels()->winograd_cost;
+    const double channels = 1 / double(c.channels) + 1 / double(n),
+                 tile = 16 * cost.tile * (1 + cost.channel * channels),
+                 tiles = double(images * rows * columns + kWinogradSetUp);
+    return tile * tiles < double(images * out_rows(c) * c.out_w);
+  }
+};
+
+// A panel is a unit of outputs: no fewer at a time cost more.
+int winograd(const gossamer_input& x, const gossamer_int8& w, const gossamer_output& y,
+             const WinogradUnit& unit, gossamer_parallel_for parallel_for) {
+  const gossamer_conv& c = *x.conv;
+  Work work = work_of(x, unit.out_rows(c) * c.out_w, ceil_div(w.n, kPanel));
+  work.images = ceil_div(c.images, unit.images);
+  return convolve(
+      x, y, w.n, w.k, w.scale, work, double(w.n) * double(w.k), Even(), unit.bytes(c), parallel_for,
+      [&](const ImageTile& in, Range panels, const ImageDestination& to, void* own) {
+        active_kernels()->winograd(in, w, panels, to, own);
+      },
+      unit.images);
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -155,6 +207,8 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
   if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
   if (const int status = check(x, w->n, w->k, y, Layouts::kAny, true)) return status;
   if (is_depthwise(*x->conv, w->n, w->k)) return depthwise(*x, *w, *y, parallel_for);
+  const WinogradUnit unit(*x);
+  if (unit.pays(*x->conv, w->n)) return winograd(*x, *w, *y, unit, parallel_for);
   const int64_t panels = ceil_div(w->n, kPanel), pixels = dense_tile_pixels(*x->conv);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
   return convolve(*x, *y, w->n, w->k, w->scale, work, double(w->n) * double(w->k), Even(),

@@ -70,6 +70,7 @@ struct ImageTile {
   bool gathered = false;  // scratch holds their panel
   bool cold = false;      // the weights come from memory
   bool more = false;      // see Tile
+  int64_t images = 1;     // these pixels of as many images, one behind the other: for winograd only
 };
 
 // Where they go, in the image that to.y points to: blocked; planar, to.stride is a plane's pixels;
@@ -81,6 +82,7 @@ struct ImageDestination {
   // All zero points are 0, and every value is an int32 once it is counted in its scale: saturation
   // to 0 and 255 is all that is left to do.
   bool saturates;
+  int64_t image;  // bytes from an image's results to the next one's
 };
 
 // One type a stem. Scratch is what the functions below say, 64-byte aligned.
@@ -128,6 +130,7 @@ struct Kernels {
   int64_t lanes;
   // Up to this k, 1x4 products are faster on wide tiles than on those of kNarrowLanes.
   int64_t wide_k;
+  WinogradCost winograd_cost;
   QuantizeRows* quantize_rows;
   GemmInt8* gemm_int8;
   GemmW8* gemm_w8;
@@ -137,6 +140,7 @@ struct Kernels {
   Sddmm* sddmm;
   Im2col* im2col;
   ConvInt8* conv_int8;
+  ConvInt8* winograd;  // conv_int8 of 3x3 kernels with stride 1, in units of their own
   ConvSpmmInt8* conv_spmm_int8;
   Block* block;
   Unblock* unblock;
@@ -154,6 +158,13 @@ constexpr int64_t kNarrowLanes = 32;
 // Most pixels in a tile of a convolution, and more of them in a dense one, that fill no vector.
 constexpr int64_t kMaxPixels = 64;
 constexpr int64_t kRestPixels = 8;
+// Winograd's: most tiles of a unit, and most tiles x channels (72 bytes each: 2.4 MB); tiles that take as
+// long as a unit's weights; most panels of outputs that meet; blocks of four channels that do.
+constexpr int64_t kWinogradTiles = 64;
+constexpr int64_t kWinogradPixels = 1 << 15;
+constexpr int64_t kWinogradSetUp = 3;
+constexpr int64_t kWinogradPanels = 2;
+constexpr int64_t kWinogradBlocks = 16;
 // About as many in whole rows of a depthwise one.
 constexpr int64_t kDepthwisePixels = 448;
 // Most in a tile of a sparse one, as many vectors as leave an entry's sums in registers: those of
@@ -187,6 +198,27 @@ static inline int64_t spmm_int8_scratch(int64_t n, int64_t k, int64_t rows) {
 static inline int64_t conv_int8_scratch(int64_t k, int64_t pixels) {
   return (round_up(ceil_div(k, 4), 2) + kPanel) * round_up(pixels, 16) * 4;
 }
+// Words of winograd.h's scratch, and where its parts begin.
+struct WinogradScratch {
+  int64_t v, u, m, y, sums, strip, mapped, end;
+};
+static inline WinogradScratch winograd_scratch(const gossamer_conv& c, int64_t images,
+                                               int64_t out_rows) {
+  constexpr int64_t kLines = 36, kWide = kWinogradPanels * kPanel;
+  const int64_t columns = ceil_div(c.out_w, 4), rows = ceil_div(out_rows, 4),
+                tiles = images * rows * columns, blocks = ceil_div(c.channels, 4),
+                width = round_up(out_rows * c.out_w, 16), seen = 4 * columns + 2;
+  WinogradScratch at{};
+  at.u = kLines * (2 * tiles + 1) * round_up(blocks, kWinogradBlocks);
+  at.m = at.u + kLines * (2 * kWinogradBlocks * kWide + 16);
+  at.y = at.m + kLines * tiles * kWide;
+  at.sums = at.y + images * width * kWide;
+  at.strip = at.sums + kPanel * width;
+  at.mapped = at.strip + (4 * rows + 2) * seen * round_up(blocks, 16);
+  at.end = at.mapped + seen * 6 * 16;
+  return at;
+}
+
 // What depthwise windows see of an image: rows, for each phase of the stride so many columns.
 struct DepthwiseRows {
   int64_t rows, columns;

@@ -38,6 +38,12 @@ constexpr int kBlockWords = 192;
 // A chunk's sums, 512 x 64 fp32 = 128 KB, stay in a 512 KB L2.
 constexpr int kMaxChunk = 512;
 
+// What a tile of winograd takes by what conv_int8 does for 16 pixels: tile * (1 + channel * (1 / channels
+// + 1 / n)). From 1 on it never pays.
+struct WinogradCost {
+  double tile, channel;
+};
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 static inline int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 

@@ -49,7 +49,8 @@ INCLUDES = {
     "csrc/simd": {*PLAIN_C, "<immintrin.h>", "<arm_neon.h>", '"layout.h"', '"simd/quad.h"'},
     "csrc/kernels": {
         *(*PLAIN_C, '"kernels.h"', '"epilogue.h"', '"quantize.h"', '"lanes.h"', '"pixels.h"'),
-        *('"blocks.h"', '"planes.h"', '"plane_writer.h"', '"depthwise.h"', "GOSSAMER_SIMD"),
+        *('"blocks.h"', '"planes.h"', '"plane_writer.h"', '"depthwise.h"', '"winograd.h"'),
+        *('"winograd_maps.h"', "GOSSAMER_SIMD"),
     },
     "csrc/include": {"<stdint.h>"},
     "csrc/torch": {
@@ -272,7 +273,7 @@ def simd_names(path: Path) -> set[str]:
 
 
 # Functions of base.h that serve only the others there.
-BASE_ONLY = {"each", "from_bits", "to_bits", "widen", "narrow"}
+BASE_ONLY = {"each", "cast", "from_bits", "to_bits", "widen", "narrow"}
 CONTRACT = simd_names(Path("csrc/simd/base.h")) - BASE_ONLY
 
 

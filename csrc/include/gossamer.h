@@ -92,7 +92,8 @@ typedef struct {
                            y itself; or NULL. gossamer_spmm only */
 } gossamer_output;
 
-/* Dense int8: w[o][i] = scale[o] * q[o][i], q in panels of 16 outputs. */
+/* Dense int8: w[o][i] = scale[o] * q[o][i], q in panels of 16 outputs; with the sums of weights that
+ * docs/formats.md allows, or products may overflow. */
 typedef struct {
   int64_t n, k;
   const int8_t* panels; /* (ceil(n/16), k rounded up to 8 / 4, 16, 4) */

@@ -21,9 +21,11 @@
 // 7 and 14 x 14 pixels: 3 and 12 vectors and 1 and 4 pixels; 5 to 20 % of such layers); more are a
 // vector, of which those past the last are not written. Outputs past n have weights of 0.
 // Numerics: exact in int32 for k <= 65536.
-// Where each output reads its own channel: depthwise.h.
+// Where each output reads its own channel: depthwise.h. 3x3 kernels that go on by one pixel: winograd.h,
+// where conv.cpp finds that it pays.
 
 #include "depthwise.h"
+#include "winograd.h"
 
 namespace gossamer {
 namespace GOSSAMER_ISA {

@@ -18,6 +18,7 @@ SpmmInt8 spmm_int8;
 Sddmm sddmm;
 Im2col im2col;
 ConvInt8 conv_int8;
+ConvInt8 winograd;
 ConvSpmmInt8 conv_spmm_int8;
 Block block;
 Unblock unblock;
@@ -28,6 +29,7 @@ Ceilings ceilings;
 const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          kLanes,
                          kWideK,
+                         kWinogradCost,
                          quantize_rows,
                          gemm_int8,
                          gemm_w8,
@@ -37,6 +39,7 @@ const Kernels kernels = {GOSSAMER_TEXT(GOSSAMER_ISA),
                          sddmm,
                          im2col,
                          conv_int8,
+                         winograd,
                          conv_spmm_int8,
                          block,
                          unblock,

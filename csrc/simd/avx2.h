@@ -26,6 +26,14 @@ constexpr int kInt4RowPanels = 2;
 // 4 outputs x 2 vectors of sums, 4 of pixels, 2 broadcasts, a product, ones: 16 registers. gcc 12
 // stores five sums a turn: without that it takes the same time, with one vector 1.3 times as long.
 constexpr int kConvVectors = 2;
+// 6 tiles x 2 vectors of sums, 2 of weights, a broadcast, a product: 16 registers.
+constexpr int kWinogradRows = 6;
+// Kernels::winograd_cost.
+#ifdef __AVXVNNI__
+constexpr WinogradCost kWinogradCost = {0.5, 5};
+#else
+constexpr WinogradCost kWinogradCost = {0.42, 5};
+#endif
 // Kernels::wide_k.
 constexpr int64_t kWideK = 640;
 
@@ -146,6 +154,7 @@ static inline F32 copysign(F32 a, F32 b) {
 static inline I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
 static inline I32 sub(I32 a, I32 b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 static inline I32 mul(I32 a, I32 b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+static inline I32 shift_right(I32 a, int bits) { return {_mm256_srai_epi32(a.v, bits)}; }
 static inline I32 max(I32 a, I32 b) { return {_mm256_max_epi32(a.v, b.v)}; }
 static inline I32 min(I32 a, I32 b) { return {_mm256_min_epi32(a.v, b.v)}; }
 static inline F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
@@ -259,6 +268,14 @@ static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
       : [s] "+x"(s), [t] "=&x"(t), [u] "=&x"(u)
       : [x0] "x"(x0.v), [w0] "x"(w0.v), [x1] "x"(x1.v), [w1] "x"(w1.v), [ones] "m"(ones));
   return {s};
+#endif
+}
+
+static inline I32 dot_halves(I32 sum, I32 x, I32 w) {
+#ifdef __AVXVNNI__
+  return {_mm256_dpwssd_avx_epi32(sum.v, x.v, w.v)};
+#else
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(x.v, w.v))};
 #endif
 }
 

@@ -27,6 +27,10 @@ constexpr int kInt4RowPanels = 4;
 // vpdpbusd a cycle (Zen 5), 2 vectors are too few sums to hide their latency: ResNet-50's layers
 // take 12.1 ms so, and 10.1 with 4.
 constexpr int kConvVectors = 4;
+// 12 tiles x 2 vectors of sums, 2 of weights: 26 of 32 registers.
+constexpr int kWinogradRows = 12;
+// Kernels::winograd_cost.
+constexpr WinogradCost kWinogradCost = {0.58, 10};
 // Kernels::wide_k.
 constexpr int64_t kWideK = kMaxK;
 
@@ -134,6 +138,9 @@ static inline F32 copysign(F32 a, F32 b) {
 static inline I32 add(I32 a, I32 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 static inline I32 sub(I32 a, I32 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 static inline I32 mul(I32 a, I32 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+static inline I32 shift_right(I32 a, int bits) {
+  return {_mm512_srai_epi32(a.v, static_cast<unsigned>(bits))};
+}
 static inline I32 max(I32 a, I32 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 static inline I32 min(I32 a, I32 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 static inline F32 to_f32(I32 a) { return {_mm512_cvtepi32_ps(a.v)}; }
@@ -220,6 +227,10 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
 }
 static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return dot(sum, x0, w0, x1, w1);
+}
+
+static inline I32 dot_halves(I32 sum, I32 x, I32 w) {
+  return {_mm512_dpwssd_epi32(sum.v, x.v, w.v)};
 }
 
 static inline I4 dot(I4 sum, I4 x, I4 w) { return {_mm_dpbusd_epi32(sum.v, x.v, w.v)}; }

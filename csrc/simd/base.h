@@ -25,6 +25,10 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // Tile of conv_int8: four outputs x this many vectors of pixels.
 constexpr int kConvVectors = 2;
+// Tiles of winograd whose sums stay in registers, with two vectors of outputs.
+constexpr int kWinogradRows = 2;
+// Kernels::winograd_cost: as measured, like those of the other Isas.
+constexpr WinogradCost kWinogradCost = {0.2, 5};
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -42,16 +46,15 @@ static inline V each(Op op) {
   return r;
 }
 
-static inline float from_bits(uint32_t bits) {
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
+template <typename To, typename From>
+static inline To cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
-static inline uint32_t to_bits(float f) {
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  return bits;
-}
+static inline float from_bits(uint32_t bits) { return cast<float>(bits); }
+static inline uint32_t to_bits(float f) { return cast<uint32_t>(f); }
 
 static inline float widen(float x) { return x; }
 static inline float widen(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
@@ -190,6 +193,10 @@ static inline I32 sub(I32 a, I32 b) {
 static inline I32 mul(I32 a, I32 b) {
   return each<I32>([&](int i) { return int32_t(uint32_t(a.v[i]) * uint32_t(b.v[i])); });
 }
+// By 0 to 31; the sign stays.
+static inline I32 shift_right(I32 a, int bits) {
+  return each<I32>([&](int i) { return a.v[i] >> bits; });
+}
 static inline I32 max(I32 a, I32 b) {
   return each<I32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -288,37 +295,37 @@ static inline void transpose(I32 (&rows)[kLanes]) {
     }
   }
 }
-static inline F32 as_f32(I32 a) {
-  F32 r;
-  memcpy(&r, &a, sizeof r);
-  return r;
-}
-static inline I32 as_i32(F32 a) {
-  I32 r;
-  memcpy(&r, &a, sizeof r);
-  return r;
-}
+static inline F32 as_f32(I32 a) { return cast<F32>(a); }
+static inline I32 as_i32(F32 a) { return cast<I32>(a); }
 // Lanes 0, 2, ... of a, then lanes 1, 3, ... of b.
 static inline I32 every_other(I32 a, I32 b) {
   return each<I32>([&](int i) { return i < kLanes / 2 ? a.v[2 * i] : b.v[2 * i + 1 - kLanes]; });
 }
 
+// x . w of four u8 and four s8.
+static inline int32_t dot(int32_t x, int32_t w) {
+  int32_t sum = 0;
+  for (int bit = 0; bit < 32; bit += 8)
+    sum += int32_t(uint8_t(uint32_t(x) >> bit)) * int8_t(uint32_t(w) >> bit);
+  return sum;
+}
 // The int8 dot: sum + x0 . w0 + x1 . w1 a lane, x four u8 and w four s8. Packing has made sure that
 // the products of bytes (0, 1) of both words together fit in int16, and those of bytes (2, 3): Isas
 // without a 4-way dot add them there.
 static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
-  return each<I32>([&](int i) {
-    int32_t s = sum.v[i];
-    for (int byte = 0; byte < 4; ++byte) {
-      s += int32_t(uint8_t(uint32_t(x0.v[i]) >> 8 * byte)) * int8_t(uint32_t(w0.v[i]) >> 8 * byte);
-      s += int32_t(uint8_t(uint32_t(x1.v[i]) >> 8 * byte)) * int8_t(uint32_t(w1.v[i]) >> 8 * byte);
-    }
-    return s;
-  });
+  return each<I32>([&](int i) { return sum.v[i] + dot(x0.v[i], w0.v[i]) + dot(x1.v[i], w1.v[i]); });
 }
 // The same in as few registers as an Isa knows how: for loops that have none to spare.
 static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return dot(sum, x0, w0, x1, w1);
+}
+
+// sum + x . w a lane, of two int16 each; sums wrap around.
+static inline I32 dot_halves(I32 sum, I32 x, I32 w) {
+  return each<I32>([&](int i) {
+    const int32_t low = int16_t(x.v[i]) * int16_t(w.v[i]), high = (x.v[i] >> 16) * (w.v[i] >> 16);
+    return int32_t(uint32_t(sum.v[i]) + uint32_t(low) + uint32_t(high));
+  });
 }
 
 // Four words, for a product of one row: it has no rows to fill lanes with. kCount < 4 fills the first
@@ -363,11 +370,7 @@ static inline F4 muladd(F4 a, F4 b, F4 c) {
   return c;
 }
 static inline I4 dot(I4 sum, I4 x, I4 w) {
-  for (int i = 0; i < 4; ++i) {
-    for (int byte = 0; byte < 4; ++byte)
-      sum.v[i] +=
-          int32_t(uint8_t(uint32_t(x.v[i]) >> 8 * byte)) * int8_t(uint32_t(w.v[i]) >> 8 * byte);
-  }
+  for (int i = 0; i < 4; ++i) sum.v[i] += dot(x.v[i], w.v[i]);
   return sum;
 }
 

@@ -23,6 +23,10 @@ constexpr int kInt4Panels = 1;
 constexpr int kInt4RowPanels = 1;
 // 4 outputs x 4 vectors of sums, 8 of pixels, 2 broadcasts, a correction: 27 of 32. Not measured.
 constexpr int kConvVectors = 4;
+// 4 tiles x 4 vectors of sums, 4 of weights, a broadcast, a product: 26 of 32.
+constexpr int kWinogradRows = 4;
+// Kernels::winograd_cost. A product of 16 bits takes as long as four of 8: 36 of them are no fewer.
+constexpr WinogradCost kWinogradCost = {1, 0};
 // Kernels::wide_k.
 constexpr int64_t kWideK = 384;
 
@@ -131,6 +135,7 @@ static inline F32 copysign(F32 a, F32 b) { return {vbslq_f32(vdupq_n_u32(0x80000
 static inline I32 add(I32 a, I32 b) { return {vaddq_s32(a.v, b.v)}; }
 static inline I32 sub(I32 a, I32 b) { return {vsubq_s32(a.v, b.v)}; }
 static inline I32 mul(I32 a, I32 b) { return {vmulq_s32(a.v, b.v)}; }
+static inline I32 shift_right(I32 a, int bits) { return {vshlq_s32(a.v, vdupq_n_s32(-bits))}; }
 static inline I32 max(I32 a, I32 b) { return {vmaxq_s32(a.v, b.v)}; }
 static inline I32 min(I32 a, I32 b) { return {vminq_s32(a.v, b.v)}; }
 static inline F32 to_f32(I32 a) { return {vcvtq_f32_s32(a.v)}; }
@@ -214,6 +219,12 @@ static inline I32 dot(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
 }
 static inline I32 dot_tight(I32 sum, I32 x0, I32 w0, I32 x1, I32 w1) {
   return dot(sum, x0, w0, x1, w1);
+}
+
+static inline I32 dot_halves(I32 sum, I32 x, I32 w) {
+  const int16x8_t a = vreinterpretq_s16_s32(x.v), b = vreinterpretq_s16_s32(w.v);
+  const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b)), high = vmull_high_s16(a, b);
+  return {vaddq_s32(sum.v, vpaddq_s32(low, high))};
 }
 
 // int4: the table is looked up by each byte.

@@ -35,6 +35,8 @@ bool check_ints() {
          ints("signed_byte<3>", [](auto a, auto...) { return signed_byte<3>(a); }) &&
          ints("unsigned_byte(0)", [](auto a, auto...) { return unsigned_byte(a, 0); }) &&
          ints("unsigned_byte(3)", [](auto a, auto...) { return unsigned_byte(a, 3); }) &&
+         ints("shift_right", [](auto a, auto...) { return shift_right(a, 6); }) &&
+         ints("dot_halves", [](auto a, auto b, auto c, auto...) { return dot_halves(a, b, c); }) &&
          ints("max_bytes", [](auto a, auto b, auto...) { return max_bytes(a, b); });
 }
 

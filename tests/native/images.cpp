@@ -193,11 +193,8 @@ class Chain {
     Guarded<uint8_t> y(bytes(), side_);
     Guarded<char> scratch(
         is_dense ? conv_int8_scratch(k, count) : conv_spmm_int8_scratch(n(), k, count), side_);
-    const ImageTile x{q_.data(), images_.c, {images_.p.given.scale, images_.p.given.zero}, pixels};
-    const ImageDestination to{
-        {y.data(), images_.out_pixels, GOSSAMER_FLOAT32, bias_.data(), images_.p.activation},
-        false,
-        &quantized_};
+    const ImageTile x = tile(pixels);
+    const ImageDestination to = destination(y);
     if (is_dense) {
       table.conv_int8(x, operands_.int8(), {0, ceil_div(n(), kPanel)}, to, scratch.data());
     } else {
@@ -206,9 +203,32 @@ class Chain {
     compare(y.values(), 1, pixels);
   }
 
+  // Some rows of the first `count` images; panels one by one, the pixels of the first serve all.
+  void winograd(const Kernels& table, int64_t count, Range rows) const {
+    const gossamer_conv& c = images_.c;
+    Guarded<uint8_t> y(bytes(), side_);
+    Guarded<char> scratch(winograd_scratch(c, count, rows.end - rows.begin).end * 4, side_);
+    ImageTile x = tile({rows.begin * c.out_w, rows.end * c.out_w});
+    x.images = count;
+    for (int64_t p = 0; p < ceil_div(n(), kPanel); ++p, x.gathered = true)
+      table.winograd(x, operands_.int8(), {p, p + 1}, destination(y), scratch.data());
+    compare(y.values(), count, x.pixels);
+  }
+
  private:
   int64_t n() const { return images_.p.weight.n; }
-  int64_t bytes() const { return images_.c.images * blocks_of(n()) * images_.out_pixels * 4; }
+  int64_t image_bytes() const { return blocks_of(n()) * images_.out_pixels * 4; }
+  int64_t bytes() const { return images_.c.images * image_bytes(); }
+  ImageTile tile(Range pixels) const {
+    return {q_.data(), images_.c, {images_.p.given.scale, images_.p.given.zero}, pixels};
+  }
+  ImageDestination destination(Guarded<uint8_t>& y) const {
+    return {{y.data(), images_.out_pixels, GOSSAMER_FLOAT32, bias_.data(), images_.p.activation},
+            false,
+            &quantized_,
+            false,
+            image_bytes()};
+  }
   // `pixels` of the first `count` images; the others were not written.
   void compare(const std::vector<uint8_t>& y, int64_t count, Range pixels) const {
     for (size_t at = 0; at < y.size(); ++at) {
@@ -280,6 +300,12 @@ void check_kernels_alone(const Images& images, Side side) {
           arithmetic == Arithmetic::kInt8 ? kMaxPixels + kRestPixels : sparse_pixels(table->lanes);
       chain.alone(*table, {0, std::min(pixels, most)});
       chain.alone(*table, {std::max<int64_t>(0, pixels - 7), pixels});
+      const gossamer_conv& c = images.c;
+      const bool is_winograds = c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
+                                c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
+      if (arithmetic != Arithmetic::kInt8 || !is_winograds) continue;
+      chain.winograd(*table, c.images, {0, c.out_h});
+      chain.winograd(*table, 1, {c.out_h / 2, c.out_h});
     }
   }
 }

@@ -150,4 +150,5 @@ static inline __m512i gather(__m512i src, __mmask16 mask, __m512i index, const v
   emulated::gather(src, mask, index, p)
 #define _mm256_mask_storeu_epi16 emulated::store<int16_t>
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+#define _mm256_dpwssd_avx_epi32 simde_mm256_dpwssd_epi32
 #define _mm_dpbusd_avx_epi32 simde_mm_dpbusd_epi32
