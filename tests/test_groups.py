@@ -92,6 +92,12 @@ def test_groups_that_do_not_fit() -> None:
         gs.Conv2d(whole, None, 8, 8, (1, 1), groups=2)
     with pytest.raises(ValueError, match=r"must be SparseInt8\(activations='static'\), it is Int8"):
         gs.Conv2d(packed, None, 8, 8, (1, 1), groups=2)
+    halves = torch.block_diag(torch.ones(4, 4), torch.ones(4, 4))
+    grouped = gs.Conv2d(pack(halves, BLOCKS, (-1.0, 1.0)), None, 8, 8, (1, 1), groups=2)
+    kept = grouped.to_dense().weight
+    with pytest.raises(RuntimeError, match="groups=2: an output has weights outside of its group"):
+        grouped.load_state_dict({f"packed.{name}": b for name, b in whole.state_dict().items()})
+    assert torch.equal(grouped.to_dense().weight, kept)
 
 
 def test_fused_it_stays_8_bits() -> None:

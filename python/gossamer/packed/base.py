@@ -213,6 +213,8 @@ class Packed(nn.Module):
         buffers = {name: state_dict[key] for key, name in names.items()}
         try:
             loaded = self.from_buffers(self.n, self.k, self.format, buffers)
+            if self._grouped:
+                loaded.bind(*self._grouped)
         except ValueError as error:
             error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
             return
@@ -228,6 +230,9 @@ class Packed(nn.Module):
         """`_adopt` on the CPU."""
         for name in self.buffers_of(self.format):
             setattr(self, name, getattr(loaded, name).clone())
+
+    # What a convolution of several groups said to `bind`.
+    _grouped: tuple[int, int, int] | None = None
 
     def bind(self, taps: int, channels: int, groups: int) -> None:
         """Said by a convolution: the columns are (taps, channels up to 4), in so many groups.

@@ -189,6 +189,7 @@ class PackedSparseInt8(_Indexed):
         other = channel // (channels // groups) != outputs[:, None] // (self.n // groups)
         if self.values[other].any():
             raise ValueError(f"groups={groups}: an output has weights outside of its group")
+        self._grouped = (taps, channels, groups)
 
     def multiply(
         self, x: Tensor, bias: Tensor | None, activation: int, conv: list[int] | None
