@@ -63,6 +63,7 @@ LAYERS = [
     Layer("padding below and left", (1, 64, 28, 28), sides=(0, 2, 1, 0)),
     Layer("units of some rows", (2, 64, 57, 58)),
     Layer("one row of tiles", (1, 64, 4, 250)),
+    Layer("a row that needs more scratch", (1, 256, 6, 520), 80),
     Layer("images together", (9, 64, 12, 12)),
     Layer("the last images fewer", (13, 128, 14, 14), 96),
     Layer("two exact parts", (16, 512, 7, 7), 96),
