@@ -89,23 +89,19 @@ bool saturates(const gossamer_input& x, const float* scale, int64_t n, int64_t k
   return most / step < 0x1p30;
 }
 
+// Of the first image.
 ImageDestination destination(const gossamer_input& x, const gossamer_output& y, int64_t n,
-                             int64_t image, bool saturates, gossamer_blocked& blocked) {
+                             bool saturates) {
   const int64_t plane = x.conv->out_h * x.conv->out_w;
   const gossamer_dtype dtype = x.dtype == GOSSAMER_UINT8 ? GOSSAMER_FLOAT32 : x.dtype;
-  char* data = static_cast<char*>(y.data);
-  if (y.blocked) {
-    const int64_t each = blocked_bytes(n, plane), bytes = image * each;
-    blocked = *y.blocked;
-    if (blocked.residual) blocked.residual += bytes;
-    return {{data + bytes, plane, dtype, y.bias, y.activation}, false, &blocked, saturates, each};
-  }
-  const int64_t each = plane * (y.planar ? n : y.stride) * element_size(dtype);
-  return {{data + image * each, y.planar ? plane : y.stride, dtype, y.bias, y.activation},
-          y.planar != 0,
-          nullptr,
-          false,
-          each};
+  const bool planes = y.blocked || y.planar;
+  const int64_t image =
+      y.blocked ? blocked_bytes(n, plane) : plane * (y.planar ? n : y.stride) * element_size(dtype);
+  return {{y.data, planes ? plane : y.stride, dtype, y.bias, y.activation},
+          !y.blocked && y.planar,
+          y.blocked,
+          saturates,
+          image};
 }
 
 // multiply(tile, units, destination, scratch of `own` bytes) for all tiles; `weights` is how many an
@@ -115,7 +111,7 @@ int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, int64
              const float* scale, const Work& work, double weights, Before before, int64_t own,
              gossamer_parallel_for parallel_for, Multiply multiply, int64_t together = 1) {
   const Images images(x);
-  const bool saturated = saturates(x, scale, n, k, y);
+  const ImageDestination first = destination(x, y, n, saturates(x, scale, n, k, y));
   const double macs = macs_of_lanes(work, weights) * double(together);
   return run(work, macs, before, parallel_for, [&](Tile tile) {
     Arena arena{scratch.reserve(images.bytes() + own)};
@@ -124,7 +120,7 @@ int convolve(const gossamer_input& x, const gossamer_output& y, int64_t n, int64
     ImageTile in = images(tile, arena);
     in.images = std::min(together, x.conv->images - tile.image);
     gossamer_blocked blocked{};
-    multiply(in, tile.units, destination(x, y, n, tile.image, saturated, blocked), arena.take(own));
+    multiply(in, tile.units, of_image(first, tile.image, blocked), arena.take(own));
     return true;
   });
 }
@@ -172,14 +168,13 @@ struct WinogradUnit {
   // Whether it is faster than the kernel for all convolutions. Long rows need scratch that is not kept
   // and lies in no L2: 1.1 to 1.3 times as long.
   bool pays(const gossamer_conv& c, int64_t n) const {
-    if (c.kernel_h != 3 || c.kernel_w != 3 || c.stride_h != 1 || c.stride_w != 1 ||
-        c.dilation_h != 1 || c.dilation_w != 1 || bytes(c) > 2 * Scratch::kKept)
-      return false;
+    const int64_t needed = bytes(c);
+    if (needed > 2 * Scratch::kKept) return false;
     const WinogradCost cost = active_kernels()->winograd_cost;
     const double channels = 1 / double(c.channels) + 1 / double(n),
                  tile = 16 * cost.tile * (1 + cost.channel * channels),
                  tiles = double(images * rows * columns + kWinogradSetUp),
-                 more = bytes(c) > Scratch::kKept ? 1.4 : 1;
+                 more = needed > Scratch::kKept ? 1.4 : 1;
     return more * tile * tiles < double(images * out_rows(c) * c.out_w);
   }
 };
@@ -209,8 +204,10 @@ extern "C" int gossamer_conv_int8(const gossamer_input* x, const gossamer_int8* 
   if (x && !x->conv) return fail("conv_int8 needs the geometry of a convolution");
   if (const int status = check(x, w->n, w->k, y, Layouts::kAny, true)) return status;
   if (is_depthwise(*x->conv, w->n, w->k)) return depthwise(*x, *w, *y, parallel_for);
-  const WinogradUnit unit(*x);
-  if (unit.pays(*x->conv, w->n)) return winograd(*x, *w, *y, unit, parallel_for);
+  if (is_winograd(*x->conv)) {
+    const WinogradUnit unit(*x);
+    if (unit.pays(*x->conv, w->n)) return winograd(*x, *w, *y, unit, parallel_for);
+  }
   const int64_t panels = ceil_div(w->n, kPanel), pixels = dense_tile_pixels(*x->conv);
   const Work work = work_of(*x, pixels, ceil_div(panels, kUnitPanels));
   return convolve(*x, *y, w->n, w->k, w->scale, work, double(w->n) * double(w->k), Even(),

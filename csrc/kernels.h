@@ -85,6 +85,18 @@ struct ImageDestination {
   int64_t image;  // bytes from an image's results to the next one's
 };
 
+// Where the results of image number i go; `its` holds what blocked points to then.
+static inline ImageDestination of_image(const ImageDestination& to, int64_t i,
+                                        gossamer_blocked& its) {
+  ImageDestination result = to;
+  result.to.y = static_cast<char*>(to.to.y) + i * to.image;
+  if (!to.blocked) return result;
+  its = *to.blocked;
+  if (its.residual) its.residual += i * to.image;
+  result.blocked = &its;
+  return result;
+}
+
 // One type a stem. Scratch is what the functions below say, 64-byte aligned.
 using QuantizeRows = void(const FloatTile& x, int64_t k, Affine given, uint8_t* q, int64_t q_stride,
                           float* scale, int32_t* zero);
@@ -174,6 +186,12 @@ constexpr int64_t sparse_pixels(int64_t lanes) { return lanes < 16 ? 56 : 112; }
 // Whether a weight of n outputs is one channel's taps for each: no other has so few columns.
 static inline bool is_depthwise(const gossamer_conv& c, int64_t n, int64_t k) {
   return k == c.kernel_h * c.kernel_w && round_up(c.channels, 4) == round_up(n, 4);
+}
+
+// Whether winograd computes such convolutions.
+static inline bool is_winograd(const gossamer_conv& c) {
+  return c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 && c.stride_w == 1 &&
+         c.dilation_h == 1 && c.dilation_w == 1;
 }
 
 // Scratch bytes of a tile of `rows` rows. Panels have a power of two of lanes, at least those of a

@@ -24,18 +24,6 @@ struct Output {
   F32 corrected(I32 sum) const { return add(mul(to_f32(sum), scale), bias); }
 };
 
-// Where the results of image number i go.
-static inline ImageDestination of_image(const ImageDestination& to, int64_t i,
-                                        gossamer_blocked& blocked) {
-  ImageDestination its = to;
-  its.to.y = static_cast<char*>(to.to.y) + i * to.image;
-  if (!to.blocked) return its;
-  blocked = *to.blocked;
-  if (blocked.residual) blocked.residual += i * to.image;
-  its.blocked = &blocked;
-  return its;
-}
-
 // What makes bytes of floats: an activation and clamping; clamping only (no activation, or one that
 // is a bound or two of it: a scale is positive, and rounding keeps the order); or saturation, see
 // ImageDestination.

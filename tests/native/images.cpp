@@ -301,9 +301,7 @@ void check_kernels_alone(const Images& images, Side side) {
       chain.alone(*table, {0, std::min(pixels, most)});
       chain.alone(*table, {std::max<int64_t>(0, pixels - 7), pixels});
       const gossamer_conv& c = images.c;
-      const bool is_winograds = c.kernel_h == 3 && c.kernel_w == 3 && c.stride_h == 1 &&
-                                c.stride_w == 1 && c.dilation_h == 1 && c.dilation_w == 1;
-      if (arithmetic != Arithmetic::kInt8 || !is_winograds) continue;
+      if (arithmetic != Arithmetic::kInt8 || !is_winograd(c)) continue;
       chain.winograd(*table, c.images, {0, c.out_h});
       chain.winograd(*table, 1, {c.out_h / 2, c.out_h});
     }
