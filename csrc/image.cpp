@@ -80,8 +80,8 @@ extern "C" int gossamer_max_pool(const gossamer_input* x, void* y,
   if (const int status = check_conv(c)) return status;
   if (!y && c.images > 0) return fail("y must not be NULL");
   const bool bytes = x->dtype == GOSSAMER_UINT8;
-  if (!bytes && !(x->dtype == GOSSAMER_FLOAT32 && x->planar)) {
-    return fail("max_pool is for blocked bytes and for planes of float32");
+  if (!bytes && x->dtype != GOSSAMER_FLOAT32) {
+    return fail("max_pool is for blocked bytes and for float32");
   }
   const Work work{c.images, c.out_h, std::min(c.out_h, kPoolRows), 1};
   const int64_t taps = c.kernel_h * c.kernel_w, lines = 4 * work.tile * pool_line(c);
@@ -91,8 +91,9 @@ extern "C" int gossamer_max_pool(const gossamer_input* x, void* y,
     char* own = scratch.reserve(lines);
     if (!own) return false;
     active_kernels()->max_pool(
-        static_cast<const char*>(x->data) + tile.image * pixel * c.height * c.width, x->dtype, c,
-        tile.rows, static_cast<char*>(y) + tile.image * pixel * c.out_h * c.out_w, own);
+        static_cast<const char*>(x->data) + tile.image * pixel * c.height * c.width, x->dtype,
+        x->planar != 0, c, tile.rows,
+        static_cast<char*>(y) + tile.image * pixel * c.out_h * c.out_w, own);
     return true;
   });
 }

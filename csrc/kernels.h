@@ -126,10 +126,10 @@ using Block = Affine(const FloatImage& x, Affine given, Range pixels, uint8_t* q
 // Blocks of four channels of one image.
 using Unblock = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels,
                      Range blocks, gossamer_dtype dtype, void* y);
-// Rows of the output of one image: blocked bytes, or planes of float32. Scratch: pool_line
-// words a row.
-using MaxPool = void(const void* x, gossamer_dtype dtype, const gossamer_conv& conv, Range rows,
-                     void* y, void* scratch);
+// Rows of the output of one image: blocked bytes, or planes of float32, of x that is planar or has its
+// channels innermost. Scratch: pool_line words a row.
+using MaxPool = void(const void* x, gossamer_dtype dtype, bool planar, const gossamer_conv& conv,
+                     Range rows, void* y, void* scratch);
 // Blocks of four channels of one image.
 using Mean = void(const uint8_t* q, Affine affine, int64_t channels, int64_t pixels, Range blocks,
                   float* y);

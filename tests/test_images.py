@@ -101,17 +101,20 @@ def test_max_pool_of_floats(isa: str) -> None:
         x = case.x()
         if x.numel() > 9:
             x.view(-1)[0], x.view(-1)[3], x.view(-1)[-1] = torch.nan, -torch.inf, -torch.nan
-        y = ops.max_pool(x, *window_of(case))
-        assert y.is_contiguous()
-        if case.shape[0]:
-            want = reference.max_pool(x, *window_of(case))
-            assert torch.equal(y.isnan(), want.isnan()), str(case)
-            assert torch.equal(y.nan_to_num(), want.nan_to_num()), str(case)
+        for form in FORMS:
+            y = ops.max_pool(x.contiguous(memory_format=form), *window_of(case))
+            assert y.is_contiguous()
+            if case.shape[0]:
+                want = reference.max_pool(x, *window_of(case))
+                assert torch.equal(y.isnan(), want.isnan()), str(case)
+                assert torch.equal(y.nan_to_num(), want.nan_to_num()), str(case)
     wide = torch.randn(2, 70, 33, 34)
     want = torch.nn.functional.max_pool2d(wide, 3, 2, 1)
     for count in (1, 2):
-        with threads(count):
-            assert torch.equal(ops.max_pool(wide, [3, 3], [2, 2], [1] * 4, [1, 1]), want)
+        for form in FORMS:
+            with threads(count):
+                x = wide.contiguous(memory_format=form)
+                assert torch.equal(ops.max_pool(x, [3, 3], [2, 2], [1] * 4, [1, 1]), want)
     for other in (wide.bfloat16(), wide.double(), wide.transpose(2, 3), wide[0]):
         with pytest.raises(RuntimeError, match="must be a blocked image"):
             ops.max_pool(other, [3, 3], [2, 2], [1] * 4, [1, 1])
@@ -306,7 +309,7 @@ def test_opcheck_of_images(stem: str) -> None:
         torch.library.opcheck(over, (q, *weight, *tail))
         torch.library.opcheck(ops._block, (x, AFFINE))
         torch.library.opcheck(ops._unblock, (q, AFFINE, case.shape[1], 1))
-        for image in (q, x):
+        for image in (q, x, x.contiguous(memory_format=torch.channels_last)):
             torch.library.opcheck(ops._max_pool, (image, *window_of(case)))
         for keepdim in (0, 1):
             torch.library.opcheck(ops._mean, (q, AFFINE, case.shape[1], keepdim))

@@ -166,8 +166,8 @@ GOSSAMER_API int gossamer_unblock(const gossamer_input* q, int64_t channels, int
                                   void* y, gossamer_dtype dtype,
                                   gossamer_parallel_for parallel_for);
 /* The largest of each window of x->conv: of a blocked image, whose bytes are ordered as what they
- * stand for, or of planes of float32 (x->planar), where a NaN is the largest. What lies outside is the
- * least there is. */
+ * stand for, or of float32, where a NaN is the largest and y has planes, whether x does (x->planar) or
+ * not. What lies outside is the least there is. */
 GOSSAMER_API int gossamer_max_pool(const gossamer_input* x, void* y,
                                    gossamer_parallel_for parallel_for);
 /* The mean of all pixels of each channel: y is (rows, channels), (sum - pixels * zero) * (scale /

@@ -146,7 +146,7 @@ void max_pool(Arguments& arguments, StableIValue* result) {
     *result = y.release();
   };
   const int32_t floats = aoti_torch_dtype_float32();
-  if (x.dim == 4 && x.dtype == floats && x.contiguous()) {
+  if (x.dim == 4 && x.dtype == floats && (x.contiguous() || channels_last(x))) {
     const Input input(x, 0, geometry, true);
     return pool(input.view, image_layout(input.conv, x.sizes[1], true, floats));
   }

@@ -299,7 +299,8 @@ def max_pool(
     """The largest of each window, exactly; a NaN is the largest.
 
     Args:
-        x: a blocked image; on a CPU also (images, channels, height, width) float32, contiguous.
+        x: a blocked image; on a CPU also (images, channels, height, width) float32, contiguous or
+            channels_last, of which the result is contiguous.
         kernel, stride, dilation: height and width.
         padding: top, bottom, left, right; what lies there is never the largest.
     """

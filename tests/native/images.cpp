@@ -121,22 +121,27 @@ void each_tap(const gossamer_conv& c, int64_t pixel, Body body) {
 void check_max_pool_of_floats(const Images& images, Side side, gossamer_parallel_for parallel_for) {
   const gossamer_conv& c = images.c;
   const int64_t planes = c.images * c.channels;
-  std::vector<float> values;
-  for (int64_t at = 0; at < planes * images.pixels; ++at) {
-    values.push_back(images.at(at / images.pixels / c.channels, at / images.pixels % c.channels,
-                               at % images.pixels));
-  }
-  const Guarded<float> x(values, side);
-  Guarded<float> y(planes * images.out_pixels, side);
-  const gossamer_input input = images.view(x.data(), GOSSAMER_FLOAT32, 1);
-  require_ok(gossamer_max_pool(&input, y.data(), parallel_for));
-  for (int64_t at = 0; at < planes * images.out_pixels; ++at) {
-    const int64_t plane = at / images.out_pixels, pixel = at % images.out_pixels;
-    float largest = -INFINITY;
-    each_tap(c, pixel, [&](int64_t at_pixel) {
-      largest = std::max(largest, values[size_t(plane * images.pixels + at_pixel)]);
-    });
-    require(y.data()[at] == largest, "max_pool: not the largest float");
+  for (const bool planar : {true, false}) {
+    std::vector<float> values(static_cast<size_t>(planes * images.pixels));
+    for (int64_t at = 0; at < planes * images.pixels; ++at) {
+      const int64_t image = at / images.pixels / c.channels,
+                    channel = at / images.pixels % c.channels, pixel = at % images.pixels;
+      const int64_t innermost = (image * images.pixels + pixel) * c.channels + channel;
+      values[size_t(planar ? at : innermost)] = images.at(image, channel, pixel);
+    }
+    const Guarded<float> x(values, side);
+    Guarded<float> y(planes * images.out_pixels, side);
+    const gossamer_input input = images.view(x.data(), GOSSAMER_FLOAT32, planar);
+    require_ok(gossamer_max_pool(&input, y.data(), parallel_for));
+    for (int64_t at = 0; at < planes * images.out_pixels; ++at) {
+      const int64_t plane = at / images.out_pixels, pixel = at % images.out_pixels;
+      float largest = -INFINITY;
+      each_tap(c, pixel, [&](int64_t at_pixel) {
+        const float value = images.at(plane / c.channels, plane % c.channels, at_pixel);
+        largest = std::max(largest, value);
+      });
+      require(y.data()[at] == largest, "max_pool: not the largest float");
+    }
   }
 }
 

@@ -2,7 +2,7 @@
 
 The dense convolution of an image's three channels and sums are torch's operators still, called so
 that they cost less. ResNet-50, batch 1: torch's max-pool takes 6.1 ms of planes and 0.3 of channels
-that lie innermost, torch.maximum of one tap after the other 0.5 and 0.2. oneDNN's convolution
+that lie innermost; `ops.max_pool`, which makes planes of both, 0.3 and 0.2. oneDNN's convolution
 writes either in the same 2.5 ms.
 """
 
@@ -48,9 +48,10 @@ class PooledConv2d(nn.Module):
         """(images, channels, height, width), or one image without the first dimension."""
         if x.dim() != 4 or x.device.type != "cpu":
             return reference.activate(self.pool(self.conv(x)), self.act)
-        y = self.pool(self.conv(x.contiguous(memory_format=torch.channels_last)))
-        if x.is_contiguous():
-            y = y.contiguous()
+        y = self.conv(x.contiguous(memory_format=torch.channels_last))
+        y = self.pool.planes(y) if x.is_contiguous() else self.pool(y)
+        if self.act == "relu" and not y.requires_grad:
+            return y.relu_()
         return reference.activate(y, self.act)
 
 

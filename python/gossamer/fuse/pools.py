@@ -27,10 +27,16 @@ class ImageMaxPool2d(KeepsDtypes):
         return str(self.pool)
 
 
+def _is_alone(x: Tensor) -> bool:
+    """Whether nothing but the values of x is asked for: no gradient, no graph of torch's."""
+    plain = x.device.type == "cpu" and x.dim() == 4 and not x.requires_grad
+    return plain and not torch.compiler.is_compiling()
+
+
 class SeparableMaxPool2d(nn.Module):
     """max_pool2d of floats, down the columns and then along the rows.
 
-    By `ops.max_pool` where they are contiguous, else by torch.maximum.
+    By `ops.max_pool` where they are contiguous, or shall be, else by torch.maximum.
     """
 
     def __init__(self, pool: MaxPool) -> None:
@@ -39,17 +45,26 @@ class SeparableMaxPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Exact, NaN included; the result has the memory format of x."""
-        alone = x.device.type == "cpu" and x.dim() == 4 and not x.requires_grad
+        if x.is_contiguous() and self._is_ours(x):
+            return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
+        if _is_alone(x):
+            return self._along(self._along(x, 0), 1)
         pool = self.pool
-        if not alone or torch.compiler.is_compiling():
-            return F.max_pool2d(
-                x, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
-            )
-        sizes = x.size(2), x.size(3)
-        fits = min(pool.windows(size, i) for i, size in enumerate(sizes)) > 0
-        if fits and x.dtype == torch.float32 and x.is_contiguous():
-            return ops.max_pool(x, *pool.geometry(*sizes))
-        return self._along(self._along(x, 0), 1)
+        return F.max_pool2d(
+            x, pool.kernel, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+        )
+
+    def planes(self, x: Tensor) -> Tensor:
+        """The same, contiguous; of x in channels_last without a copy."""
+        if x.is_contiguous(memory_format=torch.channels_last) and self._is_ours(x):
+            return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
+        return self(x).contiguous()
+
+    def _is_ours(self, x: Tensor) -> bool:
+        """Whether `ops.max_pool` takes x, but for its layout."""
+        if x.dtype != torch.float32 or not _is_alone(x):
+            return False
+        return min(self.pool.windows(size, i) for i, size in enumerate(x.shape[2:])) > 0
 
     def _along(self, x: Tensor, i: int) -> Tensor:
         """The largest of each window's rows (i = 0) or columns (1)."""
