@@ -20,10 +20,9 @@ import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
 import torch
-from linear import HERE, about, heading
+from linear import about, add_folder, heading
 from torch import Tensor, nn
 from torch.nn import functional as F
 from verdict import Bar, added_bytes, as_json, hold, own_process, verdicts
@@ -308,7 +307,7 @@ def main() -> None:
     parser.add_argument("--items", default=",".join(map(str, ITEMS)), help="as 1,4; 2 is 2 and 3")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the two files")
+    add_folder(parser)
     options = parser.parse_args()
     # Like is compared with like. MKL, under torch fp32, keeps what the CPU has.
     held = {"avx2": "AVX2"}.get(options.isa, "")

@@ -12,12 +12,11 @@ import argparse
 import copy
 import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from linear import HERE, about, heading
+from linear import about, add_folder, heading
 from torch import Tensor, nn
 
 import gossamer as gs
@@ -128,7 +127,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=_C.isas(), default=_C.isa())
     parser.add_argument("--seconds", type=float, default=1.0, help="0: one round, to try this")
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the files")
+    add_folder(parser)
     options = parser.parse_args()
     torch.manual_seed(0)
     rounds = 7 if options.seconds else 1

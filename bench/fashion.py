@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from fashion_rows import ALL, CONTROLS, ROWS, STUDENTS, YARDSTICK, Recipe, Row, fit, student
-from linear import HERE, about, heading
+from linear import HERE, about, add_folder, heading
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the four idx.gz, if not Debian's")
     parser.add_argument("--work", type=Path, default=WORK, help="where finished rows are kept")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the files")
+    add_folder(parser)
     parser.add_argument("--seeds", type=int, default=3, help="for the students two more")
     parser.add_argument("--images", type=int, help="to train and to test with, to try this script")
     parser.add_argument("--tune", nargs="+", choices=ROWS, metavar="ROW", help="only score recipes")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fashion_rows import STATIC, Recipe, calibrated, train
-from linear import HERE, about, heading
+from linear import HERE, about, add_folder, heading
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the four idx.gz, if not Debian's")
     parser.add_argument("--work", type=Path, default=WORK, help="where trained weights are kept")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the files")
+    add_folder(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, help="to train and to test with, to try this script")
     options = parser.parse_args()

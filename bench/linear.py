@@ -35,6 +35,20 @@ SHAPES = {
 }
 
 
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """--folder, where the files go. It is made before the measuring, not missed behind it."""
+
+    def made(path: str) -> Path:
+        folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+        return folder
+
+    parser.add_argument("--folder", type=made, default=HERE, help="where to write the files")
+
+
 def commit() -> str:
     """The commit that was measured, with a + if files differ from it."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
@@ -82,7 +96,7 @@ def main() -> None:
     parser.add_argument("--peers", choices=["all", "none"], default="all")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each layer")
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the files")
+    add_folder(parser)
     options = parser.parse_args()
     against = list(peers.PEERS) if options.peers == "all" else []
     results = []

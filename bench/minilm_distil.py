@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from linear import HERE, about, heading
+from linear import about, add_folder, heading
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -200,7 +200,7 @@ def markdown(figures: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archive", type=Path, required=True, help="of the sentences, see above")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the files")
+    add_folder(parser)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--points", type=int, default=12, help="of the curve")
     parser.add_argument("--epochs", type=float, default=Recipe.epochs)

@@ -21,14 +21,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import engines
 import torch
 import torch.nn.functional as F
 from layer_times import layer_times
-from linear import HERE, about, heading
+from linear import about, add_folder, heading
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse as folded
 from verdict import Bar, added_bytes, as_json, hold, own_process, verdicts
@@ -326,7 +325,7 @@ def run(
     parser.add_argument("--peers", choices=["all", "none"], default="all")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each batch")
     parser.add_argument("--shrink", type=int, default=1, help="divide sizes, to try this script")
-    parser.add_argument("--folder", type=Path, default=HERE, help="where to write the two files")
+    add_folder(parser)
     options = parser.parse_args()
     held = HELD if options.isa == "avx2" else {}
     hold(held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_every_bar_is_measured(tmp_path: Path) -> None:
         assert sum(bar["what"].startswith(f"{name}, call of the operator") for bar in bars) == 1
     page = (tmp_path / "bars.md").read_text()
     assert all(bar["what"] in page and bar["what"] in shown for bar in bars)
+
+
+def test_files_go_to_a_folder_that_is_made_first(tmp_path: Path) -> None:
+    run("bars.py", tmp_path / "new" / "folder", "--items", "1")
+    assert (tmp_path / "new" / "folder" / "bars.md").exists()
+    taken = tmp_path / "file"
+    taken.write_text("")
+    command = [sys.executable, str(ROOT / "bench" / "bars.py"), "--folder", str(taken)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and f"--folder: {taken}: File exists" in done.stderr
 
 
 @pytest.mark.skipif("avx2" not in _C.isas(), reason="this CPU has no AVX2")

@@ -140,5 +140,6 @@ def test_any_network(format: Any, seed: int, monkeypatch: pytest.MonkeyPatch) ->
     alone = [run(fused, image) for image in x.split(1)]
     assert apart(tuple(map(torch.cat, zip(*alone, strict=True))), got) < 1e-5
     other = torch.randn(2, 3, 32, 28)
-    assert apart(run(fused, other), run(model, other)) < 2 * bound
+    own = other.clone()  # some nets write over their input
+    assert apart(run(fused, other), run(model, own)) < 2 * bound
     assert same_bits(got[0], run(fused, x)[0])
