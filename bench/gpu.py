@@ -342,6 +342,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py needs a CUDA or ROCm GPU, and torch sees none: nothing was measured")
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before the measuring, not missed behind it
     if not tests_pass():
         sys.exit("the kernels are wrong on this GPU: nothing was timed")
     with torch.no_grad():

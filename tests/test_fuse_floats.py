@@ -361,3 +361,10 @@ def test_a_stem_pools_before_its_activation(act: Any, channels: int) -> None:
         assert torch.equal(got.isnan(), want.isnan()) and got.stride() == want.stride()
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
     assert torch.allclose(run(fused, x[1]), want[1], rtol=1e-4, atol=1e-5)
+    if joined:  # and where gradients are asked for, by torch
+        stem, image = fused.get_submodule("0"), torch.randn(2, channels, 12, 11, requires_grad=True)
+        y = stem(image)
+        assert y.is_contiguous() and torch.allclose(y, run(stem, image.detach()), atol=1e-5)
+        (slope,) = torch.autograd.grad(y.sum(), image)
+        (wanted,) = torch.autograd.grad(model[:4](image).sum(), image)
+        assert torch.allclose(slope, wanted, rtol=1e-4, atol=1e-5)

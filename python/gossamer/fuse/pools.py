@@ -12,6 +12,11 @@ from gossamer.dtypes import KeepsDtypes
 from .match import MaxPool
 
 
+def _pooled(x: Tensor, pool: MaxPool) -> Tensor:
+    """`ops.max_pool` of that geometry."""
+    return ops.max_pool(x, *pool.geometry(x.size(2), x.size(3)))
+
+
 class ImageMaxPool2d(KeepsDtypes):
     """max_pool2d of bytes, whose order is that of the values: exact."""
 
@@ -21,7 +26,7 @@ class ImageMaxPool2d(KeepsDtypes):
 
     def forward(self, x: Tensor) -> Tensor:
         """The largest byte under each window."""
-        return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
+        return _pooled(x, self.pool)
 
     def extra_repr(self) -> str:
         return str(self.pool)
@@ -46,7 +51,7 @@ class SeparableMaxPool2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Exact, NaN included; the result has the memory format of x."""
         if x.is_contiguous() and self._is_ours(x):
-            return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
+            return _pooled(x, self.pool)
         if _is_alone(x):
             return self._along(self._along(x, 0), 1)
         pool = self.pool
@@ -57,7 +62,7 @@ class SeparableMaxPool2d(nn.Module):
     def planes(self, x: Tensor) -> Tensor:
         """The same, contiguous; of x in channels_last without a copy."""
         if x.is_contiguous(memory_format=torch.channels_last) and self._is_ours(x):
-            return ops.max_pool(x, *self.pool.geometry(x.size(2), x.size(3)))
+            return _pooled(x, self.pool)
         return self(x).contiguous()
 
     def _is_ours(self, x: Tensor) -> bool:
